@@ -1,0 +1,90 @@
+"""Reading weights safely and loading them loudly: nothing is skipped without being named."""
+
+import pickle
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What became of each name when weights were loaded into a model."""
+
+    loaded: tuple[str, ...]
+    missing: tuple[str, ...]  # the model has it, the weights do not
+    unexpected: tuple[str, ...]  # the weights have it, the model does not
+    mismatched: tuple[str, ...]  # both have it, in different shapes
+
+    @property
+    def matched(self) -> float:
+        """Share of the model's own tensors that were loaded, between 0 and 1."""
+        return len(self.loaded) / (len(self.loaded) + len(self.missing) + len(self.mismatched))
+
+    def __str__(self) -> str:
+        lines = [f"{len(self.loaded)} tensors loaded, {self.matched:.0%} of the model's"]
+        for title in ("missing", "mismatched", "unexpected"):
+            names = getattr(self, title)
+            if names:
+                shown = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
+                lines.append(f"{len(names)} {title}: {shown}")
+        return "\n".join(lines)
+
+
+def read_checkpoint(path: str | Path, safe_globals: list = ()) -> dict[str, torch.Tensor]:
+    """The tensors by name in a checkpoint file, on the CPU. Never runs code that the file brings.
+
+    Files that hold a whole training state are entered at ``state_dict`` or ``model``.
+
+    Args:
+        path: a ``torch.save`` file.
+        safe_globals: further classes that the file may contain, see ``torch.serialization.safe_globals``.
+
+    Raises:
+        ValueError: if this is not a checkpoint of tensors, or holds Python objects not known to be safe.
+    """
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no checkpoint at {path}")
+    try:
+        with torch.serialization.safe_globals(list(safe_globals)):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise ValueError(f"{path} is not a checkpoint that can be read safely: {str(error).splitlines()[0]}") from error
+    for key in ("state_dict", "model"):
+        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+            content = content[key]
+    if not isinstance(content, Mapping) or not all(isinstance(v, torch.Tensor) for v in content.values()):
+        raise ValueError(f"{path} holds no tensors by name, but {type(content).__name__}")
+    return dict(content)
+
+
+def load_weights(model: nn.Module, weights: Mapping[str, torch.Tensor], min_matched: float = 0.9) -> LoadReport:
+    """Copy into `model` every tensor whose name and shape agree, and say what did not.
+
+    Raises:
+        ValueError: if less than the share `min_matched` of the model's tensors would be loaded; nothing is then.
+    """
+    own = model.state_dict()
+    loaded = [name for name in own if name in weights and own[name].shape == weights[name].shape]
+    report = LoadReport(
+        loaded=tuple(loaded),
+        missing=tuple(name for name in own if name not in weights),
+        unexpected=tuple(name for name in weights if name not in own),
+        mismatched=tuple(name for name in own if name in weights and own[name].shape != weights[name].shape),
+    )
+    if report.matched < min_matched:
+        raise ValueError(f"the weights do not fit the model, at least {min_matched:.0%} must match: {report}")
+    model.load_state_dict({name: weights[name] for name in loaded}, strict=False)
+    return report
+
+
+def strip_prefix(weights: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    """The part of `weights` under `prefix`, without it. A ValueError names what prefixes there are if none fits."""
+    prefix = prefix.rstrip(".") + "."
+    part = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
+    if not part:
+        raise ValueError(f"no weight is under {prefix=}; there are {sorted({n.split('.')[0] for n in weights})}")
+    return part

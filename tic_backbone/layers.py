@@ -1,0 +1,186 @@
+"""The parts of a TiC block. Every layer maps (N, C, H, W) to (N, C', H', W') and keeps channels-last memory as it is."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from tic_backbone.ops import choose_backend, msa_conv2d, odd_pair, pair
+
+DIRECTIONS = ((0, 0), (-1, -1), (1, 1), (-1, 1), (1, -1))  # the centre and the four diagonals, (down, right)
+
+
+def cyclic_shift(x: torch.Tensor, groups: int, length: tuple[int, int], turn: int) -> torch.Tensor:
+    """Roll the channel groups of keys or values in turn over `DIRECTIONS`, `length` tokens, around the border.
+
+    After it, a window centred on a query holds the tokens `length` away from it in the group's direction. The groups
+    form at most five runs, one a direction; `turn` rotates which direction the first run takes, so that over the
+    layers of a network even a single head looks everywhere. Maps smaller than the length wrap more than once.
+    """
+    runs = x.unflatten(1, (groups, -1)).tensor_split(min(groups, len(DIRECTIONS)), dim=1)
+    rolled = []
+    for i, run in enumerate(runs):
+        down, right = DIRECTIONS[(i + turn) % len(DIRECTIONS)]
+        rolled.append(run.roll((-down * length[0], -right * length[1]), dims=(3, 4)) if down else run)
+    return torch.cat(rolled, dim=1).flatten(1, 2)
+
+
+def inter_pool(x: torch.Tensor, ratio: int) -> torch.Tensor:
+    """Average `ratio` x `ratio` cells; a cell over the border averages the tokens it has. (N, C, ceil(H/r), ceil(W/r))."""
+    return F.avg_pool2d(x, ratio, ceil_mode=True, count_include_pad=False)
+
+
+class MSAConv2d(nn.Module):
+    """Multi-head self-attention with the arguments and the output size of the ``nn.Conv2d`` it replaces.
+
+    A 1 x 1 projection gives q, k and v of ``out_channels``; `msa_conv2d` attends within the window; a second
+    projection mixes the heads. ``groups=1`` is the standard form, ``groups=out_channels`` the depthwise form, and in
+    between ``groups`` is the number of heads. Unlike a convolution's, the first projection always sees all input
+    channels, so ``groups`` need not divide ``in_channels``.
+
+    Args:
+        in_channels, out_channels: channels of the input and of the output.
+        kernel_size: the window, odd; int or (h, w), like ``stride`` and ``dilation``.
+        stride: distance of the queries that are computed.
+        padding: "same", or the number that means the same, ``dilation * (kernel_size - 1) // 2``; any other one is a
+            ValueError.
+        dilation: spacing of the keys in the window.
+        groups: number of heads; must divide ``out_channels``.
+        bias: whether both projections have one.
+        padding_mode: only "zeros"; those keys score 0 and take their share of the softmax.
+        cyclic_shift: length of the multi-directional cyclic shift in tokens, 0 for none; see `cyclic_shift`.
+        turn: direction at which the heads start, in a network the index of the layer.
+        inter_pool: keys and values come from tokens averaged over cells of this side, 1 for none; see `inter_pool`.
+        backend: implementation of the attention; see `tic_backbone.msa_conv2d`.
+    """
+
+    transposed = False  # these two are read where mmcv wraps a convolution
+    output_padding = (0, 0)
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1,
+        padding: str | int | tuple[int, int] = "same",
+        dilation: int | tuple[int, int] = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        *,
+        cyclic_shift: int = 0,
+        turn: int = 0,
+        inter_pool: int = 1,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        if type(groups) is not int or groups < 1 or out_channels % groups:
+            raise ValueError(f"groups must divide out_channels, got {groups=} and {out_channels=}")
+        if padding_mode != "zeros":
+            raise ValueError(f"MSAConv2d pads with zeros only, got {padding_mode=}")
+        if min(cyclic_shift, turn) < 0 or inter_pool < 1:
+            raise ValueError(f"need cyclic_shift >= 0, turn >= 0, inter_pool >= 1: {cyclic_shift=} {turn=} {inter_pool=}")
+        choose_backend(backend)
+        self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups
+        self.kernel_size = odd_pair(kernel_size, "kernel_size")
+        self.stride, self.dilation = pair(stride, "stride"), pair(dilation, "dilation")
+        self.padding = tuple(d * (k - 1) // 2 for k, d in zip(self.kernel_size, self.dilation))
+        if padding not in ("same", self.padding) and (padding, padding) != self.padding and padding != [*self.padding]:
+            raise ValueError(
+                f"MSAConv2d keeps the size like a 'same' convolution: {padding=} must be 'same' or {self.padding} for "
+                f"{kernel_size=} and {dilation=}"
+            )
+        self.padding_mode = padding_mode
+        self.cyclic_shift, self.turn, self.inter_pool, self.backend = cyclic_shift, turn, inter_pool, backend
+        self.qkv = nn.Linear(in_channels, 3 * out_channels, bias)
+        self.proj = nn.Linear(out_channels, out_channels, bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.dim() != 4 or x.shape[1] != self.in_channels:
+            raise ValueError(f"expected an input of shape (N, {self.in_channels}, H, W), got {tuple(x.shape)}")
+        q, k, v = self.project(x)
+        if self.cyclic_shift:
+            k, v = (cyclic_shift(t, self.groups, (self.cyclic_shift,) * 2, self.turn) for t in (k, v))
+        x = msa_conv2d(
+            q,
+            k,
+            v,
+            self.kernel_size,
+            stride=self.stride,
+            dilation=self.dilation,
+            groups=self.groups,
+            key_stride=self.inter_pool,
+            backend=self.backend,
+        )
+        return linear2d(x, self.proj.weight, self.proj.bias)
+
+    def project(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """q on the tokens of x, k and v on the pooled ones; pooling first saves most of their projection."""
+        weight, bias = self.qkv.weight, self.qkv.bias
+        if self.inter_pool == 1:
+            return linear2d(x, weight, bias).chunk(3, 1)
+        sizes = (self.out_channels, 2 * self.out_channels)
+        (wq, wkv), (bq, bkv) = weight.split(sizes), (None, None) if bias is None else bias.split(sizes)
+        return linear2d(x, wq, bq), *linear2d(inter_pool(x, self.inter_pool), wkv, bkv).chunk(2, 1)
+
+    def extra_repr(self) -> str:
+        names = ("kernel_size", "stride", "dilation", "groups", "cyclic_shift", "turn", "inter_pool")
+        return f"{self.in_channels}, {self.out_channels}, " + ", ".join(f"{n}={getattr(self, n)}" for n in names)
+
+
+def linear2d(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """A 1 x 1 convolution as a matrix product: faster on channels-last maps, and free of copies there."""
+    return F.linear(x.permute(0, 2, 3, 1), weight, bias).permute(0, 3, 1, 2)
+
+
+class LayerNorm2d(nn.LayerNorm):
+    """LayerNorm over the channels of each token."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class MLP(nn.Module):
+    """Two token-wise linear layers with a GELU between."""
+
+    def __init__(self, channels: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(channels, hidden)
+        self.fc2 = nn.Linear(hidden, channels)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.permute(0, 2, 3, 1)  # (N, H, W, C)
+        return self.fc2(F.gelu(self.fc1(x))).permute(0, 3, 1, 2)
+
+
+class DropPath(nn.Module):
+    """Stochastic depth (Huang et al. 2016): in training, zero a sample's whole residual with probability `rate`."""
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.training or self.rate == 0:
+            return x
+        keep = x.new_empty(x.shape[0], 1, 1, 1).bernoulli_(1 - self.rate)
+        return x * keep / (1 - self.rate)
+
+    def extra_repr(self) -> str:
+        return f"rate={self.rate:g}"
+
+
+def stem(in_channels: int, channels: int) -> nn.Sequential:
+    """Two overlapping convolutions to stride 4: (N, in_channels, H, W) to (N, channels, ceil(H/4), ceil(W/4))."""
+    return nn.Sequential(
+        nn.Conv2d(in_channels, channels // 2, 3, stride=2, padding=1),
+        LayerNorm2d(channels // 2),
+        nn.GELU(),
+        nn.Conv2d(channels // 2, channels, 3, stride=2, padding=1),
+        LayerNorm2d(channels),
+    )
+
+
+def downsample(in_channels: int, out_channels: int) -> nn.Sequential:
+    """Halve the map with an overlapping convolution: (N, C, H, W) to (N, C', ceil(H/2), ceil(W/2))."""
+    return nn.Sequential(LayerNorm2d(in_channels), nn.Conv2d(in_channels, out_channels, 3, stride=2, padding=1))

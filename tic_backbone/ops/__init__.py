@@ -1,0 +1,109 @@
+"""MSA-Conv as a pure function, and the choice of its implementation.
+
+Each backend is one file with one function of the same signature; `BACKENDS` lists them.
+"""
+
+import torch
+
+from tic_backbone.ops.reference import msa_conv2d_reference
+from tic_backbone.ops.tiled import msa_conv2d_tiled
+
+__all__ = ["BACKENDS", "choose_backend", "msa_conv2d"]
+
+BACKENDS = {"reference": msa_conv2d_reference, "tiled": msa_conv2d_tiled}
+
+
+def choose_backend(backend: str = "auto") -> tuple[str, str]:
+    """The name of the backend that will run, and the reason in words."""
+    if backend == "auto":
+        return "tiled", "plain PyTorch, exact and differentiable on every device"
+    if backend in BACKENDS:
+        return backend, "asked for by name"
+    raise ValueError(f"unknown {backend=}; choose 'auto' or one of {sorted(BACKENDS)}")
+
+
+def pair(value, name: str) -> tuple[int, int]:
+    """A positive int or (h, w) of positive ints, as a pair; anything else is an error that names `name`."""
+    values = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
+    if len(values) != 2 or not all(type(v) is int for v in values):
+        raise TypeError(f"{name} must be an int or a pair (h, w) of ints, got {value!r}")
+    if min(values) < 1:
+        raise ValueError(f"{name} must be at least 1, got {value!r}")
+    return values
+
+
+def odd_pair(value, name: str) -> tuple[int, int]:
+    """As `pair`, for window sizes: only odd ones have a centre."""
+    values = pair(value, name)
+    if any(v % 2 == 0 for v in values):
+        raise ValueError(f"{name} must be odd, for the query to be at the window's centre, got {value!r}")
+    return values
+
+
+def msa_conv2d(q, k, v, kernel_size, *, stride=1, dilation=1, groups=1, scale=None, key_stride=None, backend="auto"):
+    """Multi-head self-attention inside a convolution's window (MSA-Conv, arXiv 2310.04134).
+
+    The query at row i, column j attends to the ``kernel_size`` keys of the window centred on it, and to nothing
+    else: ``softmax(scale * q . k) @ v`` over the window's positions, separately in each of ``groups`` equal
+    groups of channels. Beyond the border keys and values are zero, as in a padded convolution: such a key scores 0
+    and takes its share of the softmax.
+
+    Args:
+        q: queries, ``(N, C, H, W)``, any memory format.
+        k, v: keys and values, ``(N, C, Hk, Wk)``: the queries' grid, or one coarser by ``key_stride``.
+        kernel_size: the window, odd; int or (h, w), like the next two.
+        stride: only every stride-th query is computed, as a convolution computes every stride-th output.
+        dilation: spacing of the window's keys, counted on their own grid.
+        groups: 1 is the standard form, C the depthwise form, heads in between.
+        scale: factor on the scores; ``(C / groups) ** -0.5`` by default.
+        key_stride: ratio r of the two grids, with ``Hk == ceil(H / r)``; the window of query (i, j) is centred on key
+            ``(i // r, j // r)``. By default the smallest ratio that fits the two sizes. Sizes alone do not always
+            decide it (4 queries over 2 keys: 2 or 3), so pass it where it is known.
+        backend: a name from `BACKENDS`, or "auto".
+
+    Returns:
+        ``(N, C, ceil(H / stride), ceil(W / stride))``, of the dtype of ``q``.
+
+    Raises:
+        TypeError, ValueError: for tensors or arguments that do not fit together.
+    """
+    kernel_size = odd_pair(kernel_size, "kernel_size")
+    stride, dilation = pair(stride, "stride"), pair(dilation, "dilation")
+    _check_tensors(q, k, v, groups)
+    key_stride = _key_stride(q.shape[2:], k.shape[2:], key_stride)
+    scale = (q.shape[1] // groups) ** -0.5 if scale is None else scale
+    name, _ = choose_backend(backend)
+    return BACKENDS[name](q, k, v, kernel_size, stride, dilation, groups, scale, key_stride)
+
+
+def _check_tensors(q, k, v, groups) -> None:
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(x, torch.Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+        if x.dim() != 4:
+            raise ValueError(f"{name} must have shape (N, C, H, W), got {tuple(x.shape)}")
+        if not x.is_floating_point() or x.dtype != q.dtype or x.device != q.device:
+            raise TypeError(
+                f"q, k and v must share one floating dtype and one device, got {q.dtype}, {k.dtype}, {v.dtype} "
+                f"on {q.device}, {k.device}, {v.device}"
+            )
+    if k.shape != v.shape or q.shape[:2] != k.shape[:2]:
+        raise ValueError(
+            "k and v must have one shape, and q their batch and channels, got "
+            f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
+        )
+    if min(q.shape) < 1 or min(k.shape) < 1:
+        raise ValueError(f"q, k and v must not be empty, got q {tuple(q.shape)}, k {tuple(k.shape)}")
+    if type(groups) is not int or groups < 1 or q.shape[1] % groups:
+        raise ValueError(f"groups must divide the {q.shape[1]} channels, got {groups=}")
+
+
+def _key_stride(queries, keys, key_stride) -> tuple[int, int]:
+    inferred = key_stride is None
+    ratio = tuple(-(-n // nk) for n, nk in zip(queries, keys)) if inferred else pair(key_stride, "key_stride")
+    if any(nk != (n + r - 1) // r for n, nk, r in zip(queries, keys, ratio)):
+        raise ValueError(
+            f"keys of {tuple(keys)} do not lie on a grid over queries of {tuple(queries)}: each side must be "
+            f"ceil(side / r) for " + ("an integer r" if inferred else f"{key_stride=}")
+        )
+    return ratio
