@@ -4,6 +4,7 @@ import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlparse
 
 import torch
 from torch import nn
@@ -39,26 +40,35 @@ def read_checkpoint(path: str | Path, safe_globals: list = ()) -> dict[str, torc
     Files that hold a whole training state are entered at ``state_dict`` or ``model``.
 
     Args:
-        path: a ``torch.save`` file.
+        path: a ``torch.save`` file, or its http(s) address, which is kept in torch.hub's folder.
         safe_globals: further classes that the file may contain, see ``torch.serialization.safe_globals``.
 
     Raises:
         ValueError: if this is not a checkpoint of tensors, or holds Python objects not known to be safe.
     """
-    path = Path(path).expanduser()
+    path = _download(path) if str(path).startswith(("http://", "https://")) else Path(path).expanduser()
     if not path.is_file():
         raise FileNotFoundError(f"there is no checkpoint at {path}")
     try:
         with torch.serialization.safe_globals(list(safe_globals)):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise ValueError(f"{path} is not a checkpoint that can be read safely: {str(error).splitlines()[0]}") from error
+        reason = f"{type(error).__name__} {error}".splitlines()[0]
+        raise ValueError(f"{path} is not a checkpoint that can be read safely: {reason}") from error
     for key in ("state_dict", "model"):
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]
     if not isinstance(content, Mapping) or not all(isinstance(v, torch.Tensor) for v in content.values()):
         raise ValueError(f"{path} holds no tensors by name, but {type(content).__name__}")
     return dict(content)
+
+
+def _download(address: str) -> Path:
+    path = Path(torch.hub.get_dir(), "checkpoints", Path(urlparse(address).path).name)
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(address, str(path))  # writes a temporary file and moves it into place
+    return path
 
 
 def load_weights(model: nn.Module, weights: Mapping[str, torch.Tensor], min_matched: float = 0.9) -> LoadReport:

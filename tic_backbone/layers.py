@@ -25,8 +25,12 @@ def cyclic_shift(x: torch.Tensor, groups: int, length: tuple[int, int], turn: in
 
 
 def inter_pool(x: torch.Tensor, ratio: int) -> torch.Tensor:
-    """Average `ratio` x `ratio` cells; a cell over the border averages the tokens it has. (N, C, ceil(H/r), ceil(W/r))."""
-    return F.avg_pool2d(x, ratio, ceil_mode=True, count_include_pad=False)
+    """Average `ratio` x `ratio` cells: (N, C, ceil(H / r), ceil(W / r)). A cell over the border averages what it has."""
+    c, h, w = x.shape[1:]
+    # A convolution with ones, since avg_pool2d would tie an exported graph to sides that r divides, or to those not.
+    total = F.conv2d(F.pad(x, (0, ratio - 1, 0, ratio - 1)), x.new_ones(c, 1, ratio, ratio), stride=ratio, groups=c)
+    rows, cols = (size - ratio * torch.arange(n, device=x.device) for size, n in zip((h, w), total.shape[2:]))
+    return total / (rows.clamp(max=ratio)[:, None] * cols.clamp(max=ratio))
 
 
 class MSAConv2d(nn.Module):

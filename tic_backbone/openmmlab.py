@@ -8,7 +8,7 @@ import copy
 from mmengine.logging import print_log
 from mmengine.model import BaseModule
 from mmengine.registry import MODELS
-from mmengine.runner.checkpoint import CheckpointLoader, get_torch_safe_globals
+from mmengine.runner.checkpoint import get_torch_safe_globals
 
 from tic_backbone import tic
 from tic_backbone.checkpoint import load_weights, read_checkpoint, strip_prefix
@@ -36,11 +36,7 @@ class TiC(tic.TiC, BaseModule):
 
 
 def load_pretrained(backbone: tic.TiC, checkpoint: str, prefix: str | None = None) -> None:
-    """Load `checkpoint`, a path or an address that mmengine understands, and log what did not match."""
-    if "://" in checkpoint:
-        weights = CheckpointLoader.load_checkpoint(checkpoint, map_location="cpu", logger="current")
-        weights = weights.get("state_dict", weights)
-    else:
-        weights = read_checkpoint(checkpoint, get_torch_safe_globals())
+    """Load `checkpoint`, a path or an address, and log what did not match."""
+    weights = read_checkpoint(checkpoint, get_torch_safe_globals())
     report = load_weights(backbone, strip_prefix(weights, prefix) if prefix else weights)
     print_log(f"{checkpoint}: {report}", logger="current")

@@ -116,12 +116,12 @@ class TiC(nn.Module):
         self.out_strides = tuple(4 * 2**i for i in config.out_indices)
         self.stem = stem(config.in_channels, channels[0])
         self.stages = nn.ModuleList()
-        rates = torch.linspace(0, config.drop_path_rate, sum(depths)).tolist()
+        last = max(sum(depths) - 1, 1)
         for i, depth in enumerate(depths):
             stage = nn.Sequential(downsample(channels[i - 1], channels[i]) if i else nn.Identity())
             for j in range(depth):
                 d = sum(depths[:i]) + j
-                stage.append(Block(channels[i], config, depth=d, index=j, drop_path=rates[d]))
+                stage.append(Block(channels[i], config, depth=d, index=j, drop_path=config.drop_path_rate * d / last))
             self.stages.append(stage)
         self.norms = nn.ModuleDict({str(i): LayerNorm2d(channels[i]) for i in config.out_indices})
         self.apply(_init)

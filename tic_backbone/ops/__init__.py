@@ -99,11 +99,15 @@ def _check_tensors(q, k, v, groups) -> None:
 
 
 def _key_stride(queries, keys, key_stride) -> tuple[int, int]:
-    inferred = key_stride is None
-    ratio = tuple(-(-n // nk) for n, nk in zip(queries, keys)) if inferred else pair(key_stride, "key_stride")
-    if any(nk != (n + r - 1) // r for n, nk, r in zip(queries, keys, ratio)):
+    if key_stride is not None:
+        ratio, wanted = pair(key_stride, "key_stride"), f"{key_stride=}"
+    elif queries == keys:
+        return 1, 1
+    else:
+        ratio, wanted = tuple(-(-n // nk) for n, nk in zip(queries, keys)), "an integer r"
+    if any(nk != (n - 1) // r + 1 for n, nk, r in zip(queries, keys, ratio)):
         raise ValueError(
-            f"keys of {tuple(keys)} do not lie on a grid over queries of {tuple(queries)}: each side must be "
-            f"ceil(side / r) for " + ("an integer r" if inferred else f"{key_stride=}")
+            f"keys of {tuple(keys)} do not lie on a grid over queries of {tuple(queries)}: "
+            f"each side must be ceil(side / r) for {wanted}"
         )
     return ratio

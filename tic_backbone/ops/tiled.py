@@ -1,8 +1,9 @@
 """MSA-Conv in plain PyTorch: queries in tiles, each tile's keys gathered once.
 
-The keys that a tile of T x T queries meets are its halo of (T + k - 1)^2 tokens. All tiles go through one
-`scaled_dot_product_attention` with one constant mask that leaves each query its own window. Nothing of size k^2 per
-token is stored, forward or backward.
+Tokens are rows of a table, and a tile is a list of row numbers. The keys that a tile of T x T queries meets are its
+halo of (T + k - 1)^2 tokens. All tiles go through one `scaled_dot_product_attention` with one constant mask that leaves
+each query its own window. Nothing of size k^2 per token is stored, forward or backward, and no shape is split
+in a way that would tie a compiled or exported graph to one image size.
 """
 
 from math import gcd
@@ -15,88 +16,112 @@ TILE = 8
 
 
 class Axis(NamedTuple):
-    """How one axis is cut. Lengths are in queries for `tile`, in keys for the rest."""
+    """How one axis is cut.
 
-    tile: int  # queries in a tile
-    count: int  # tiles
-    step: int  # from one tile's first key to the next one's
-    halo: int  # keys a tile meets
-    before: int  # zeros in front of the first key
-    after: int  # zeros behind the last one; negative: keys that no query meets
+    Where the window is dilated, neighbouring queries share no key. The axis is then cut into phases, queries whose
+    keys lie on one lattice; within a phase all is as without dilation, at the stride given here.
+    """
+
+    phases: int
+    count: int  # tiles a phase
+    tile: int  # queries a tile
+    halo: int  # keys that a tile meets
+    step: int  # from one tile's first key to the next one's, in keys of the lattice
+    stride: int  # centre of a tile's query t: t * stride // key_stride, in keys of the lattice
+    key_stride: int
 
 
-def cut(queries: int, keys: int, kernel: int, stride: int, dilation: int, key_stride: int) -> Axis:
-    """Cut `queries` kept queries, `stride` apart, whose windows lie on `keys` keys, `key_stride` apart."""
+def cut(queries: int, kernel: int, stride: int, dilation: int, key_stride: int) -> Axis:
+    """Cut `queries` kept queries; the arguments are those of `msa_conv2d` along one axis."""
+    phases = 1
+    if dilation > 1:
+        phases = dilation * key_stride // gcd(stride, dilation * key_stride)
+        stride, key_stride = phases * stride // (dilation * key_stride), 1
     period = key_stride // gcd(stride, key_stride)  # a tile must hold whole cells, for all tiles to be alike
     tile = -(-TILE // period) * period
-    count = (queries + tile - 1) // tile
-    step = stride * tile // key_stride
-    halo = stride * (tile - 1) // key_stride + 1 + dilation * (kernel - 1)
-    before = dilation * (kernel - 1) // 2
-    return Axis(tile, count, step, halo, before, (count - 1) * step + halo - before - keys)
+    per_phase = (queries + phases - 1) // phases
+    return Axis(
+        phases=phases,
+        count=(per_phase + tile - 1) // tile,
+        tile=tile,
+        halo=(tile - 1) * stride // key_stride + kernel,
+        step=tile * stride // key_stride,
+        stride=stride,
+        key_stride=key_stride,
+    )
 
 
-def window(axis: Axis, kernel: int, stride: int, dilation: int, key_stride: int, device) -> torch.Tensor:
-    """(tile, halo) booleans: which keys of the halo are in a query's window, along one axis."""
-    first = stride * torch.arange(axis.tile, device=device) // key_stride
+def window(axis: Axis, kernel: int, device: torch.device) -> torch.Tensor:
+    """(tile, halo) booleans: which keys of the halo are in a query's window."""
+    first = torch.arange(axis.tile, device=device) * axis.stride // axis.key_stride
     offset = torch.arange(axis.halo, device=device) - first[:, None]
-    return (offset >= 0) & (offset <= dilation * (kernel - 1)) & (offset % dilation == 0)
+    return (offset >= 0) & (offset < kernel)
 
 
 def msa_conv2d_tiled(q, k, v, kernel_size, stride, dilation, groups, scale, key_stride):
     """See `tic_backbone.msa_conv2d`."""
-    if dilation != (1, 1) and stride == key_stride == (1, 1):
-        return _by_phase(q, k, v, kernel_size, dilation, groups, scale)
-    q = q[:, :, :: stride[0], :: stride[1]]
-    geometry = list(zip(kernel_size, stride, dilation, key_stride))
-    axes = [cut(nq, nk, *g) for nq, nk, g in zip(q.shape[2:], k.shape[2:], geometry)]
-    rows, cols = (window(axis, *g, q.device) for axis, g in zip(axes, geometry))
+    n, c, *size = q.shape
+    kept = [(length + s - 1) // s for length, s in zip(size, stride)]
+    axes = [cut(*a) for a in zip(kept, kernel_size, stride, dilation, key_stride)]
+    rows, cols = (window(axis, length, q.device) for axis, length in zip(axes, kernel_size))
     allowed = (rows[:, None, :, None] & cols[None, :, None, :]).flatten(2).flatten(0, 1)  # (tile^2, halo^2)
     mask = torch.zeros(allowed.shape, dtype=q.dtype, device=q.device).masked_fill(~allowed, float("-inf"))
-    out = F.scaled_dot_product_attention(
-        _query_tiles(q, axes, groups), _halos(k, axes, groups), _halos(v, axes, groups), mask, scale=scale
-    )
-    return _untile(out, axes, q.shape)
+
+    image, *tiles = _tile_numbers(n, axes, q.device)
+    queries = _rows(image, [_queries(*a) for a in zip(tiles, axes, stride)], size)
+    keys = _rows(image, [_keys(*a) for a in zip(tiles, axes, kernel_size, stride, dilation, key_stride)], k.shape[2:])
+    q, k, v = _heads(q, queries, groups), _heads(k, keys, groups), _heads(v, keys, groups)
+    out = F.scaled_dot_product_attention(q, k, v, mask, scale=scale)  # (tiles, groups, tile^2, C / groups)
+    out = out.transpose(1, 2).reshape(-1, c)
+    return F.embedding(_untile(n, kept, axes, out.device), out).permute(0, 3, 1, 2)
 
 
-def _query_tiles(q, axes, groups):
-    """(N, C, H, W) to (N * tiles, groups, tile^2, C / groups)."""
-    n, c, h, w = q.shape
-    y, x = axes
-    q = F.pad(q, (0, x.count * x.tile - w, 0, y.count * y.tile - h))
-    q = q.reshape(n, groups, c // groups, y.count, y.tile, x.count, x.tile).permute(0, 3, 5, 1, 4, 6, 2)
-    return q.reshape(n * y.count * x.count, groups, y.tile * x.tile, c // groups)
+def _tile_numbers(n, axes, device):
+    """Of every tile its image, and its number along each axis: three (tiles,)."""
+    down, across = (axis.phases * axis.count for axis in axes)
+    number = torch.arange(n * down * across, device=device)
+    return number // (down * across), number // across % down, number % across
 
 
-def _halos(k, axes, groups):
-    """(N, C, Hk, Wk) to (N * tiles, groups, halo^2, C / groups)."""
-    n, c = k.shape[:2]
-    y, x = axes
-    k = F.pad(k, (x.before, x.after, y.before, y.after))
-    k = k.unfold(2, y.halo, y.step).unfold(3, x.halo, x.step)  # (N, C, tiles, tiles, halo, halo), a view
-    k = k.reshape(n, groups, c // groups, y.count, x.count, y.halo, x.halo).permute(0, 3, 4, 1, 5, 6, 2)
-    return k.reshape(n * y.count * x.count, groups, y.halo * x.halo, c // groups)
+def _queries(tile, axis, stride):
+    """(tiles, tile): where a tile's queries lie along one axis of q. Those of the last tile may lie beyond."""
+    phase, number = tile % axis.phases, tile // axis.phases
+    inner = number[:, None] * axis.tile + torch.arange(axis.tile, device=tile.device)
+    return (phase[:, None] + inner * axis.phases) * stride
 
 
-def _untile(out, axes, shape):
-    """The inverse of `_query_tiles`; the result is in channels-last memory."""
-    n, c, h, w = shape
-    y, x = axes
-    out = out.reshape(n, y.count, x.count, -1, y.tile, x.tile, out.shape[-1]).permute(0, 1, 4, 2, 5, 3, 6)
-    out = out.reshape(n, y.count * y.tile, x.count * x.tile, c)
-    return out[:, :h, :w].permute(0, 3, 1, 2)
+def _keys(tile, axis, kernel, stride, dilation, key_stride):
+    """(tiles, halo): where a tile's keys lie along one axis of k. Those around the border lie beyond."""
+    phase, number = tile % axis.phases, tile // axis.phases
+    inner = number[:, None] * axis.step + torch.arange(axis.halo, device=tile.device) - kernel // 2
+    return (phase * stride // key_stride)[:, None] + inner * dilation
 
 
-def _by_phase(q, k, v, kernel_size, dilation, groups, scale):
-    """A dilated window sees one phase of the map, every dilation-th token: phases go to the batch, undilated."""
-    n, c, h, w = q.shape
-    dy, dx = dilation
+def _rows(image, positions, size):
+    """(tiles, tokens): the tokens' rows in the table of `_heads`; those beyond the border are the zeros of row 0."""
+    (y, x), (h, w) = positions, size
+    beyond = -(image.shape[0] + 1) * h * w
+    row = 1 + (image[:, None] * h + y) * w
+    row = torch.where((y >= 0) & (y < h), row, beyond)
+    row = row[:, :, None] + torch.where((x >= 0) & (x < w), x, beyond)[:, None]
+    return row.clamp(min=0).flatten(1)
 
-    def split(x):
-        x = F.pad(x, (0, -w % dx, 0, -h % dy))  # zeros behind the border, as the definition has them
-        x = x.unflatten(3, (-1, dx)).unflatten(2, (-1, dy)).permute(0, 3, 5, 1, 2, 4)
-        return x.flatten(0, 2)
 
-    out = msa_conv2d_tiled(split(q), split(k), split(v), kernel_size, (1, 1), (1, 1), groups, scale, (1, 1))
-    out = out.unflatten(0, (n, dy, dx)).permute(0, 3, 4, 1, 5, 2)  # (N, C, H / dy, dy, W / dx, dx)
-    return out.flatten(4, 5).flatten(2, 3)[:, :, :h, :w]
+def _heads(x, rows, groups):
+    """(N, C, H, W) gathered to (tiles, groups, tokens, C / groups)."""
+    table = F.pad(x.permute(0, 2, 3, 1).flatten(0, 2), (0, 0, 1, 0))  # (1 + N * H * W, C)
+    return F.embedding(rows, table).unflatten(2, (groups, -1)).transpose(1, 2)
+
+
+def _untile(n, kept, axes, device):
+    """(N, H', W'): the row of every kept query among the rows of all tiles."""
+    tile, inner = [], []
+    for length, axis in zip(kept, axes):
+        position = torch.arange(length, device=device)
+        index = position // axis.phases
+        tile.append(index // axis.tile * axis.phases + position % axis.phases)
+        inner.append(index % axis.tile)
+    (down, across), (y, x) = axes, inner
+    image = torch.arange(n, device=device)[:, None, None] * (down.phases * down.count)
+    number = (image + tile[0][:, None]) * (across.phases * across.count) + tile[1]
+    return (number * down.tile + y[:, None]) * across.tile + x

@@ -1,0 +1,125 @@
+"""MSAConv2d beside the nn.Conv2d it replaces, and the two mechanisms by what they bring within reach."""
+
+import pytest
+import torch
+from torch import nn
+
+from tic_backbone import MSAConv2d
+from tic_backbone.layers import DIRECTIONS, DropPath, cyclic_shift, inter_pool
+
+
+@pytest.mark.parametrize("stride", [1, 2, (1, 3)])
+@pytest.mark.parametrize(("kernel", "dilation"), [(1, 1), (3, 1), ((5, 3), (1, 2)), (7, 2)])
+def test_output_size_is_the_convolutions(kernel, dilation, stride):
+    msa = MSAConv2d(6, 8, kernel, stride, dilation=dilation, groups=4)
+    conv = nn.Conv2d(6, 8, kernel, stride, padding=msa.padding, dilation=dilation, groups=2)
+    x = torch.randn(2, 6, 13, 10)
+    assert msa(x).shape == conv(x).shape
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"groups": 8}, {"groups": 2}, {"cyclic_shift": 3, "groups": 4}, {"inter_pool": 2}])
+@pytest.mark.parametrize("bias", [True, False])
+def test_every_parameter_learns(kwargs, bias):
+    msa = MSAConv2d(4, 8, 3, bias=bias, **kwargs)
+    assert (msa.qkv.bias is not None) == bias
+    msa(torch.randn(1, 4, 9, 9)).square().sum().backward()
+    assert all(p.grad.abs().sum() > 0 for p in msa.parameters())
+
+
+def test_padding_other_than_same_is_refused():
+    for padding in ("same", 4, (4, 4), [4, 4]):
+        MSAConv2d(4, 4, 5, padding=padding, dilation=2)
+    for padding in (0, 2, (4, 2), "valid"):
+        with pytest.raises(ValueError, match=r"must be 'same' or \(4, 4\)"):
+            MSAConv2d(4, 4, 5, padding=padding, dilation=2)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "words"),
+    [
+        ({"groups": 3}, "groups=3"),
+        ({"kernel_size": 4}, "got 4"),
+        ({"padding_mode": "reflect"}, "reflect"),
+        ({"cyclic_shift": -1}, "cyclic_shift=-1"),
+        ({"inter_pool": 0}, "inter_pool=0"),
+        ({"backend": "nope"}, "nope"),
+    ],
+)
+def test_bad_arguments_are_named(kwargs, words):
+    with pytest.raises(ValueError, match=words):
+        MSAConv2d(**{"in_channels": 8, "out_channels": 8, "kernel_size": 3, **kwargs})
+
+
+def test_bad_input_is_named():
+    with pytest.raises(ValueError, match=r"\(1, 5, 8, 8\)"):
+        MSAConv2d(4, 4, 3)(torch.zeros(1, 5, 8, 8))
+
+
+def reach(msa, size, token):
+    """(H, W) booleans: the tokens whose change changes the output at `token`."""
+    x = torch.randn(1, msa.in_channels, size, size, dtype=torch.float64, requires_grad=True)
+    msa.double()(x)[0, :, token[0], token[1]].sum().backward()
+    return x.grad[0].abs().sum(0) > 0
+
+
+def test_plain_window_reaches_its_kernel_and_no_further():
+    seen = reach(MSAConv2d(4, 4, (3, 5), dilation=(2, 1)), 11, (5, 5))
+    assert sorted(seen.nonzero().tolist()) == [[i, j] for i in (3, 5, 7) for j in (3, 4, 5, 6, 7)]
+
+
+def test_shift_brings_the_diagonal_windows_within_reach():
+    length, at = 3, (7, 8)
+    seen = reach(MSAConv2d(10, 10, 3, groups=5, cyclic_shift=length), 16, at)
+    windows = {
+        (at[0] + length * down + a, at[1] + length * right + b)
+        for down, right in DIRECTIONS
+        for a in (-1, 0, 1)
+        for b in (-1, 0, 1)
+    }
+    assert {tuple(t) for t in seen.nonzero().tolist()} == windows
+
+
+def test_shift_wraps_around_the_border():
+    seen = reach(MSAConv2d(10, 10, 1, groups=5, cyclic_shift=2), 8, (0, 7))
+    assert {tuple(t) for t in seen.nonzero().tolist()} == {(0, 7), (6, 5), (2, 1), (6, 1), (2, 5)}
+
+
+@pytest.mark.parametrize("groups", [1, 2, 3, 5, 8])
+def test_turns_use_every_direction_at_any_number_of_heads(groups):
+    x = torch.arange(81.0).reshape(1, 1, 9, 9).expand(1, groups, 9, 9)
+    first = {tuple(cyclic_shift(x, groups, (2, 2), turn)[0, 0].flatten().tolist()) for turn in range(5)}
+    assert len(first) == len(DIRECTIONS)
+
+
+def test_shift_longer_than_the_map_wraps_again():
+    x = torch.randn(1, 5, 3, 4)
+    torch.testing.assert_close(cyclic_shift(x, 5, (7, 9), 0), cyclic_shift(x, 5, (1, 1), 0))
+
+
+def test_pool_averages_real_tokens_only():
+    pooled = inter_pool(torch.arange(15.0).reshape(1, 1, 3, 5), 2)
+    assert pooled[0, 0].tolist() == [[3, 5, 6.5], [10.5, 12.5, 14]]
+
+
+def test_pooled_window_reaches_ratio_times_as_far():
+    seen = reach(MSAConv2d(4, 4, 3, inter_pool=2), 12, (5, 6))
+    assert sorted(seen.nonzero().tolist()) == [[i, j] for i in range(2, 8) for j in range(4, 10)]
+
+
+def test_pooling_before_the_projection_is_pooling_after_it():
+    msa = MSAConv2d(4, 8, 3, inter_pool=2)
+    x = torch.randn(2, 4, 7, 9)
+    plain = MSAConv2d(4, 8, 3)
+    plain.load_state_dict(msa.state_dict())
+    q, k, v = plain.project(x)
+    for got, expected in zip(msa.project(x), (q, inter_pool(k, 2), inter_pool(v, 2))):
+        torch.testing.assert_close(got, expected)
+
+
+def test_drop_path_keeps_the_mean_and_whole_samples():
+    torch.manual_seed(0)
+    x = torch.ones(4000, 2, 3, 3)
+    dropped = DropPath(0.3)(x).flatten(1)
+    assert all(len(set(sample.tolist())) == 1 for sample in dropped[:50])
+    assert dropped.mean().item() == pytest.approx(1, abs=0.05)
+    assert torch.equal(DropPath(0.3).eval()(x), x)

@@ -1,0 +1,81 @@
+"""TiC as the three packages build it: from their registries, with init_cfg, in their optimizers' eyes."""
+
+import subprocess
+import sys
+
+import mmdet.registry
+import mmpretrain.registry
+import mmseg.registry
+import pytest
+import torch
+from mmengine.model import BaseModule
+from mmengine.registry import MODELS
+
+import tic_backbone
+import tic_backbone.openmmlab
+
+SMALL = dict(channels=(16, 32, 48, 64), depths=(1, 1, 1, 1), head_dim=16, kernel_size=3)
+
+
+def build(**kwargs):
+    return MODELS.build(dict(type="TiC", arch=SMALL, **kwargs))
+
+
+@pytest.mark.parametrize("package", [mmdet, mmseg, mmpretrain])
+def test_every_package_builds_it(package):
+    model = package.registry.MODELS.build(dict(type="TiC", arch="nano", out_indices=(1, 3)))
+    assert isinstance(model, BaseModule) and isinstance(model, tic_backbone.TiC)
+    assert [m.shape[1] for m in model(torch.randn(1, 3, 64, 64))] == [64, 256]
+
+
+def test_core_imports_torch_alone():
+    """The core must work, and stay fast to import, where nothing else is installed."""
+    code = "import sys, tic_backbone; print([m for m in sys.modules if m.split('.')[0] in ('mmengine','mmcv','timm')])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
+
+
+def test_pretrained_loads_under_a_prefix(tmp_path):
+    source = build()
+    weights = {f"backbone.{name}": value for name, value in source.state_dict().items()}
+    torch.save({"state_dict": {**weights, "head.fc.weight": torch.zeros(2)}}, tmp_path / "w.pth")
+    model = build(init_cfg=dict(type="Pretrained", checkpoint=str(tmp_path / "w.pth"), prefix="backbone."))
+    model.init_weights()
+    assert all(torch.equal(value, source.state_dict()[name]) for name, value in model.state_dict().items())
+
+
+def test_pretrained_of_a_whole_training_state_loads(tmp_path):
+    """mmengine's checkpoints hold more than tensors: log history, scalars, random states."""
+    from mmengine.logging import MessageHub
+
+    hub = MessageHub.get_instance("test")
+    hub.update_scalar("train/loss", torch.tensor(1.0))
+    source = build()
+    torch.save({"state_dict": source.state_dict(), "message_hub": hub.state_dict()}, tmp_path / "w.pth")
+    model = build(init_cfg=dict(type="Pretrained", checkpoint=str(tmp_path / "w.pth")))
+    model.init_weights()
+    assert torch.equal(model.stem[0].weight, source.stem[0].weight)
+
+
+@pytest.mark.parametrize("content", [{}, {"layer1.weight": torch.zeros(3)}])
+def test_pretrained_of_something_else_is_an_error(tmp_path, content):
+    torch.save(content, tmp_path / "w.pth")
+    model = build(init_cfg=dict(type="Pretrained", checkpoint=str(tmp_path / "w.pth")))
+    with pytest.raises(ValueError, match="0%"):
+        model.init_weights()
+
+
+def test_other_init_cfg_is_refused():
+    with pytest.raises(ValueError, match="Kaiming"):
+        build(init_cfg=dict(type="Kaiming"))
+
+
+def test_misspelt_argument_is_a_type_error():
+    with pytest.raises(TypeError, match="out_indexes"):
+        build(out_indexes=(1,))
+
+
+def test_init_weights_keeps_random_weights_without_init_cfg():
+    model = build()
+    before = model.stem[0].weight.clone()
+    model.init_weights()
+    assert torch.equal(model.stem[0].weight, before)

@@ -1,0 +1,123 @@
+"""tools/train.py and tools/test.py as a user runs them, on a tiny dataset."""
+
+import signal
+import time
+
+import pytest
+import torch
+from conftest import on_folder, run, start
+
+pytestmark = pytest.mark.heavy
+TRAIN, CONFIG = "tools/train.py", "configs/tic_retinanet.py"
+QUICK = ["train_dataloader.batch_size=2", "default_hooks.logger.interval=1", "train_cfg.val_interval=1"]
+
+
+def options(folder, **settings):
+    return ["--cfg-options", *on_folder(folder), *QUICK, *(f"{k.replace('__', '.')}={v}" for k, v in settings.items())]
+
+
+def meta(path):
+    return torch.load(path, map_location="cpu", weights_only=False)["meta"]
+
+
+def test_train_resume_and_test(trees, tmp_path):
+    work = tmp_path / "work"
+    command = [TRAIN, CONFIG, "--work-dir", work]
+    code, out, err = run(*command, *options(trees, train_cfg__max_epochs=1))
+    assert code == 0, err
+    assert "coco/bbox_mAP_50" in out.splitlines()[-1]
+    assert (work / "curves.png").stat().st_size > 5000
+    assert list(work.glob("*/vis_data/vis_image/*.png")), "no pictures of predictions beside the truth"
+
+    code, out, err = run(*command, "--resume", *options(trees, train_cfg__max_epochs=2))
+    assert code == 0, err
+    assert "Epoch(train) [1]" not in out and "Epoch(train) [2][3/3]" in out.replace("  ", " ")
+    saved = torch.load(work / "epoch_2.pth", map_location="cpu", weights_only=False)
+    assert saved["meta"]["iter"] == 6
+    assert {int(s["step"]) for s in saved["optimizer"]["state"].values()} == {6}
+
+    code, out, err = run("tools/test.py", CONFIG, work / "epoch_2.pth", "--work-dir", work, *options(trees))
+    assert code == 0 and "coco/bbox_mAP_50" in out.splitlines()[-1], err
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_leaves_a_checkpoint_to_resume_from(trees, tmp_path, number):
+    work = tmp_path / "work"
+    command = [TRAIN, CONFIG, "--work-dir", work]
+    process = start(*command, *options(trees, train_cfg__max_epochs=500))
+    for line in process.stdout:
+        if "Epoch(train)" in line and "[2][1/3]" in line.replace(" ", ""):
+            break
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + number, err
+    assert f"{work}/interrupted.pth" in out and "--resume" in out
+    stopped = meta(work / "interrupted.pth")
+    assert stopped["iter"] > 3
+
+    epochs = stopped["epoch"] + 1
+    code, out, err = run(*command, "--resume", *options(trees, train_cfg__max_epochs=epochs))
+    assert code == 0, err
+    assert meta(work / f"epoch_{epochs}.pth")["iter"] == stopped["iter"] + 3
+
+
+def test_a_truncated_image_is_named_and_nothing_is_lost(trees, tmp_path):
+    """Found in the second epoch, as when a disk fills while training runs."""
+    work, picture = tmp_path / "work", trees / "train" / "3.jpg"
+    process = start(TRAIN, CONFIG, "--work-dir", work, *options(trees, train_cfg__max_epochs=500))
+    for line in process.stdout:
+        if "Epoch(train)" in line:
+            picture.write_bytes(picture.read_bytes()[:-700])
+            break
+    out, err = process.communicate(timeout=120)
+    last = [line for line in err.splitlines() if line.strip()][-2:]
+    assert process.returncode == 1 and "Traceback" not in err, err[-3000:]
+    assert str(picture) in last[0] and "truncated" in last[0]
+    assert "interrupted.pth" in last[1] and meta(work / "interrupted.pth")["iter"] > 0
+
+
+def test_two_processes_train(trees, tmp_path):
+    """Every parameter takes part, or DistributedDataParallel would complain; both see half of the pictures."""
+    work = tmp_path / "work"
+    code, out, err = run(
+        "-m", "torch.distributed.run", "--nproc_per_node", 2, "--master_port", 29511 + int(time.time()) % 1000,
+        TRAIN, CONFIG, "--work-dir", work, "--launcher", "pytorch",
+        *options(trees, train_cfg__max_epochs=1, train_dataloader__batch_size=1),
+    )  # fmt: skip
+    assert code == 0, err[-3000:]
+    assert "[1][3/3]" in out.replace(" ", "") and "coco/bbox_mAP_50" in out
+    assert "unused" not in err and (work / "epoch_1.pth").is_file()
+
+
+def test_bfloat16(trees, tmp_path):
+    settings = options(trees, train_cfg__max_epochs=1)
+    code, out, err = run(TRAIN, CONFIG, "--amp", "--work-dir", tmp_path / "work", *settings)
+    assert code == 0 and "nan" not in out.lower(), err[-3000:]
+
+
+def one_line(code, err):
+    lines = [line for line in err.splitlines() if line.strip() and "Warning" not in line]
+    assert code == 1 and lines[-1].startswith("error: ") and "Traceback" not in err, err
+    return lines[-1]
+
+
+def test_wrong_config_path():
+    code, _, err = run(TRAIN, "configs/nope.py")
+    assert "configs/nope.py" in one_line(code, err)
+
+
+def test_missing_data_names_the_command(tmp_path):
+    code, _, err = run(TRAIN, CONFIG, "--work-dir", tmp_path / "work", *options(tmp_path / "nowhere"))
+    assert "nowhere" in one_line(code, err) and "tools/prepare_trees.py" in err
+
+
+def test_annotations_that_are_not_json(trees, tmp_path):
+    path = trees / "annotations" / "train.json"
+    path.write_text(path.read_text()[:100])
+    code, _, err = run(TRAIN, CONFIG, "--work-dir", tmp_path / "work", *options(trees))
+    assert str(path) in one_line(code, err)
+
+
+def test_missing_checkpoint(trees, tmp_path):
+    code, _, err = run("tools/test.py", CONFIG, tmp_path / "none.pth", *options(trees))
+    assert "none.pth" in one_line(code, err)
