@@ -4,8 +4,8 @@ PY := $(VENV)/bin/python
 
 .PHONY: train test env data
 
-train: env data  ## train the default detector on real photos
-	$(PY) tools/train.py configs/tic_retinanet.py $(ARGS)
+train: env data  ## train the default detector on real photos, or go on with it
+	$(PY) tools/train.py configs/tic_retinanet.py --resume $(ARGS)
 
 test: env  ## run all tests
 	$(PY) -m pytest $(ARGS)

@@ -39,11 +39,12 @@ def test_report_names_everything_that_does_not_match(model):
 
 def test_too_little_is_refused_and_changes_nothing(model):
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    weights = {name: torch.ones_like(value) for name, value in list(before.items())[: len(before) // 2]}
+    large = sorted(before, key=lambda name: before[name].numel())[-5:]  # few tensors, but most of the weights
+    weights = {name: torch.ones_like(value) for name, value in before.items() if name not in large}
     with pytest.raises(ValueError, match="at least 90% must match"):
         load_weights(model, weights)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    load_weights(model, weights, min_matched=0.4)
+    load_weights(model, weights, min_matched=0.1)
 
 
 def test_prefix():

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from tic_backbone import MSAConv2d
-from tic_backbone.layers import DIRECTIONS, DropPath, cyclic_shift, inter_pool
+from tic_backbone import MSAConv2d, msa_conv2d
+from tic_backbone.layers import DIRECTIONS, MLP, DropPath, LayerNorm2d, cyclic_shift, inter_pool
 
 
 @pytest.mark.parametrize("stride", [1, 2, (1, 3)])
@@ -21,7 +21,7 @@ def test_output_size_is_the_convolutions(kernel, dilation, stride):
 @pytest.mark.parametrize("bias", [True, False])
 def test_every_parameter_learns(kwargs, bias):
     msa = MSAConv2d(4, 8, 3, bias=bias, **kwargs)
-    assert (msa.qkv.bias is not None) == bias
+    assert (msa.kv.bias is not None) == bias
     msa(torch.randn(1, 4, 9, 9)).square().sum().backward()
     assert all(p.grad.abs().sum() > 0 for p in msa.parameters())
 
@@ -87,13 +87,13 @@ def test_shift_wraps_around_the_border():
 @pytest.mark.parametrize("groups", [1, 2, 3, 5, 8])
 def test_turns_use_every_direction_at_any_number_of_heads(groups):
     x = torch.arange(81.0).reshape(1, 1, 9, 9).expand(1, groups, 9, 9)
-    first = {tuple(cyclic_shift(x, groups, (2, 2), turn)[0, 0].flatten().tolist()) for turn in range(5)}
+    first = {tuple(cyclic_shift(x, groups, 2, turn)[0, 0].flatten().tolist()) for turn in range(5)}
     assert len(first) == len(DIRECTIONS)
 
 
 def test_shift_longer_than_the_map_wraps_again():
     x = torch.randn(1, 5, 3, 4)
-    torch.testing.assert_close(cyclic_shift(x, 5, (7, 9), 0), cyclic_shift(x, 5, (1, 1), 0))
+    torch.testing.assert_close(cyclic_shift(x, 5, 13, 0), cyclic_shift(x, 5, 1, 0))
 
 
 def test_pool_averages_real_tokens_only():
@@ -107,13 +107,18 @@ def test_pooled_window_reaches_ratio_times_as_far():
 
 
 def test_pooling_before_the_projection_is_pooling_after_it():
-    msa = MSAConv2d(4, 8, 3, inter_pool=2)
-    x = torch.randn(2, 4, 7, 9)
-    plain = MSAConv2d(4, 8, 3)
-    plain.load_state_dict(msa.state_dict())
-    q, k, v = plain.project(x)
-    for got, expected in zip(msa.project(x), (q, inter_pool(k, 2), inter_pool(v, 2))):
-        torch.testing.assert_close(got, expected)
+    """Keys and values are averages of the tokens' own keys and values."""
+    msa, x = MSAConv2d(4, 8, 3, inter_pool=2), torch.randn(2, 4, 7, 9)
+    k, v = inter_pool(msa.kv(x), 2).chunk(2, 1)
+    expected = msa.proj(msa_conv2d(msa.q(x), k, v, 3, key_stride=2, backend="reference"))
+    torch.testing.assert_close(msa(x), expected)
+
+
+def test_channels_last_stays_channels_last():
+    x = torch.randn(2, 8, 12, 12).contiguous(memory_format=torch.channels_last)
+    for layer in (MSAConv2d(8, 8, 3, groups=4), MSAConv2d(8, 8, 3, groups=4, cyclic_shift=2), MLP(8, 16), LayerNorm2d(8)):
+        assert layer(x).is_contiguous(memory_format=torch.channels_last)
+    assert cyclic_shift(x, 4, 2, 0).is_contiguous(memory_format=torch.channels_last)
 
 
 def test_drop_path_keeps_the_mean_and_whole_samples():

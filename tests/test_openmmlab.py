@@ -12,7 +12,7 @@ from mmengine.model import BaseModule
 from mmengine.registry import MODELS
 
 import tic_backbone
-import tic_backbone.openmmlab
+from tic_backbone.openmmlab import read_mm_checkpoint
 
 SMALL = dict(channels=(16, 32, 48, 64), depths=(1, 1, 1, 1), head_dim=16, kernel_size=3)
 
@@ -64,9 +64,38 @@ def test_pretrained_of_something_else_is_an_error(tmp_path, content):
         model.init_weights()
 
 
-def test_other_init_cfg_is_refused():
-    with pytest.raises(ValueError, match="Kaiming"):
-        build(init_cfg=dict(type="Kaiming"))
+class Getattr:
+    """What mmengine's own list of safe names lets through: `getattr`, and with it everything."""
+
+    def __reduce__(self):
+        return getattr, (getattr, "__self__")
+
+
+def test_a_history_opens_no_other_door(tmp_path):
+    torch.save({"state_dict": {}, "message_hub": Getattr()}, tmp_path / "w.pth")
+    with pytest.raises(ValueError, match=r"w\.pth"):
+        read_mm_checkpoint(tmp_path / "w.pth")
+
+
+@pytest.mark.parametrize("cfg", [dict(type="Kaiming"), dict(type="Pretrained", checkpiont="x")])
+def test_other_init_cfg_is_refused(cfg):
+    with pytest.raises(ValueError, match=r"type='Pretrained', checkpoint="):
+        build(init_cfg=cfg)
+
+
+def test_msa_conv_is_a_convolution_layer():
+    """conv_cfg in any model that takes one: the sizes are those of the convolutions it replaces."""
+    from mmcv.cnn import ConvModule
+    from mmdet.models import ResNet
+
+    cfg = dict(type="MSAConv2d")
+    module = ConvModule(8, 16, 3, stride=2, padding=1, conv_cfg=cfg, norm_cfg=dict(type="BN"))
+    assert module(torch.randn(2, 8, 17, 13)).shape == (2, 16, 9, 7)
+    resnet = ResNet(18, base_channels=8, conv_cfg=cfg)
+    resnet.init_weights()
+    maps = resnet(torch.randn(2, 3, 67, 64))
+    assert [m.shape[1:] for m in maps] == [(8, 17, 16), (16, 9, 8), (32, 5, 4), (64, 3, 2)]
+    sum(m.sum() for m in maps).backward()
 
 
 def test_misspelt_argument_is_a_type_error():

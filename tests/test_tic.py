@@ -56,6 +56,8 @@ def test_every_parameter_gets_a_gradient(size, switches):
     model = TiC(SMALL, **switches).train()
     sum(m.square().sum() for m in model(torch.randn(2, 3, *size))).backward()
     assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0] == []
+    # Distributed training copies gradients whose layout is not their parameter's, and warns.
+    assert [name for name, p in model.named_parameters() if p.grad.stride() != p.stride()] == []
 
 
 @pytest.mark.parametrize("out_indices", [(0,), (1, 3), (0, 2), (2,)])
@@ -142,31 +144,33 @@ def test_autocast_stays_near_float32(nano, dtype):
 
 
 @pytest.mark.heavy
-def test_compiles_whole_for_changing_sizes(nano):
+def test_compiles_once_for_every_size():
     torch._dynamo.reset()
-    compiled = torch.compile(nano, fullgraph=True, dynamic=True, backend="aot_eager")
-    with torch.no_grad():
-        for size in ((96, 128), (65, 200), (224, 97)):
+    model = TiC(channels=(16, 32), depths=(2, 2), arch=SMALL, out_indices=(0, 1)).eval()
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
+    with torch.no_grad(), torch._dynamo.config.patch(error_on_recompile=True):
+        for size in ((96, 128), (67, 200), (224, 97)):
             x = torch.randn(2, 3, *size)
-            for got, expected in zip(compiled(x), nano(x)):
+            for got, expected in zip(compiled(x), model(x)):
                 torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.heavy
-def test_exports_with_dynamic_batch_height_and_width(nano):
+def test_exports_with_dynamic_batch_height_and_width():
     """From 65 pixels a side on: below, torch.export would specialise on the single token of the last pooled map."""
     sides = {0: torch.export.Dim("n", min=1), **{i: torch.export.Dim(f"side{i}", min=65) for i in (2, 3)}}
-    program = torch.export.export(nano, (torch.randn(2, 3, 96, 128),), dynamic_shapes=(sides,)).module()
+    model = TiC(SMALL).eval()
+    program = torch.export.export(model, (torch.randn(2, 3, 96, 128),), dynamic_shapes=(sides,)).module()
     for shape in ((1, 3, 65, 66), (3, 3, 97, 250), (1, 3, 224, 130)):
         x = torch.randn(shape)
         with torch.no_grad():
-            for got, expected in zip(program(x), nano(x)):
+            for got, expected in zip(program(x), model(x)):
                 torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_config_is_read_from_a_name_or_fields():
     assert TiC("nano", kernel_size=5).config == dataclasses.replace(VARIANTS["nano"], kernel_size=5)
-    assert TiC(SMALL).config == TiCConfig(**SMALL)
+    assert TiC(SMALL).config == TiC(TiCConfig(**SMALL)).config == TiCConfig(**SMALL)
 
 
 @pytest.mark.parametrize(
@@ -186,6 +190,10 @@ def test_config_is_read_from_a_name_or_fields():
         (ValueError, "head_dim=36", "tiny", {"head_dim": 36}),
         (ValueError, "drop_path_rate=1.5", "tiny", {"drop_path_rate": 1.5}),
         (ValueError, "(2, 2)", "tiny", {"depths": (2, 2)}),
+        (TypeError, "got (7, 7)", "tiny", {"kernel_size": (7, 7)}),
+        (TypeError, "got 1.5", "tiny", {"frozen_stages": 1.5}),
+        (ValueError, "in_channels=0", "tiny", {"in_channels": 0}),
+        (ValueError, "mlp_ratio=-1", "tiny", {"mlp_ratio": -1}),
         (ValueError, "triton2", "tiny", {"backend": "triton2"}),
     ],
 )

@@ -18,14 +18,10 @@ class LoadReport:
     missing: tuple[str, ...]  # the model has it, the weights do not
     unexpected: tuple[str, ...]  # the weights have it, the model does not
     mismatched: tuple[str, ...]  # both have it, in different shapes
-
-    @property
-    def matched(self) -> float:
-        """Share of the model's own tensors that were loaded, between 0 and 1."""
-        return len(self.loaded) / (len(self.loaded) + len(self.missing) + len(self.mismatched))
+    matched: float  # share of the model's numbers that were loaded, between 0 and 1
 
     def __str__(self) -> str:
-        lines = [f"{len(self.loaded)} tensors loaded, {self.matched:.0%} of the model's"]
+        lines = [f"{len(self.loaded)} tensors loaded, {self.matched:.0%} of the model's weights"]
         for title in ("missing", "mismatched", "unexpected"):
             names = getattr(self, title)
             if names:
@@ -41,7 +37,7 @@ def read_checkpoint(path: str | Path, safe_globals: list = ()) -> dict[str, torc
 
     Args:
         path: a ``torch.save`` file, or its http(s) address, which is kept in torch.hub's folder.
-        safe_globals: further classes that the file may contain, see ``torch.serialization.safe_globals``.
+        safe_globals: what else the file may name, see ``torch.serialization.safe_globals``.
 
     Raises:
         ValueError: if this is not a checkpoint of tensors, or holds Python objects not known to be safe.
@@ -75,7 +71,7 @@ def load_weights(model: nn.Module, weights: Mapping[str, torch.Tensor], min_matc
     """Copy into `model` every tensor whose name and shape agree, and say what did not.
 
     Raises:
-        ValueError: if less than the share `min_matched` of the model's tensors would be loaded; nothing is then.
+        ValueError: if less than the share `min_matched` of the model's weights would be loaded; nothing is then.
     """
     own = model.state_dict()
     loaded = [name for name in own if name in weights and own[name].shape == weights[name].shape]
@@ -84,6 +80,7 @@ def load_weights(model: nn.Module, weights: Mapping[str, torch.Tensor], min_matc
         missing=tuple(name for name in own if name not in weights),
         unexpected=tuple(name for name in weights if name not in own),
         mismatched=tuple(name for name in own if name in weights and own[name].shape != weights[name].shape),
+        matched=sum(own[name].numel() for name in loaded) / sum(value.numel() for value in own.values()),
     )
     if report.matched < min_matched:
         raise ValueError(f"the weights do not fit the model, at least {min_matched:.0%} must match: {report}")

@@ -3,13 +3,21 @@
 import argparse
 import json
 import os
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from mmcv.transforms import LoadImageFromFile as _LoadImageFromFile
+from mmcv.transforms import LoadImageFromFile
 from mmengine.config import Config, DictAction
+from mmengine.config.utils import MODULE2PACKAGE
 from mmengine.device import is_cuda_available
-from mmengine.registry import TRANSFORMS
+from mmengine.hub import get_config
+
+from tic_backbone.openmmlab import read_mm_checkpoint
+
+PACKAGE = Path(__file__).parent
+MODULE2PACKAGE["mmseg"] = "mmseg"  # look for the module: its distribution has another name in the forks
 
 
 class BadInput(Exception):
@@ -31,11 +39,10 @@ def read_config(args: argparse.Namespace) -> Config:
     """The config with the common arguments applied; a `BadInput` where it cannot be read."""
     os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
     try:
-        cfg = Config.fromfile(args.config)
+        cfg = get_config(args.config) if "::" in args.config else Config.fromfile(args.config)
+        cfg.merge_from_dict(args.cfg_options or {})
     except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else ""
-        raise BadInput(f"cannot read the config {args.config}: {type(error).__name__} {reason}") from error
-    cfg.merge_from_dict(args.cfg_options or {})
+        raise BadInput(f"cannot read the config {args.config}: {type(error).__name__} {error}") from error
     cfg.launcher = args.launcher
     cfg.work_dir = args.work_dir or cfg.get("work_dir") or os.path.join("work_dirs", Path(args.config).stem)
     if not is_cuda_available():
@@ -43,63 +50,58 @@ def read_config(args: argparse.Namespace) -> Config:
     return cfg
 
 
-def data_files(loader: dict | None) -> Iterator[str]:
-    """The files and folders that the datasets of a dataloader's config read, wrapped datasets too."""
-    if not isinstance(loader, dict):
-        return
-    for key in ("dataset", "datasets"):
-        inner = loader.get(key)
-        for dataset in inner if isinstance(inner, (list, tuple)) else [inner]:
-            yield from data_files(dataset)
-    prefix = loader.get("data_prefix") or {}
-    prefix = prefix if isinstance(prefix, dict) else {"": prefix}
-    names = [name for name in (loader.get("ann_file"), *prefix.values()) if isinstance(name, str) and name]
-    root = loader.get("data_root") or ""
-    yield from (os.path.join(root, name) for name in names)
-    if root and not names:
-        yield root
-
-
 def check_data(cfg: Config, *splits: str) -> None:
-    """Raise `BadInput` if data of `splits` ("train", "val", "test") is not there, with the command that prepares it."""
+    """Raise `BadInput` if a config that says how its data is prepared lacks data of `splits` ("train", "val", ...)."""
+    for path in data_files(cfg, *splits):
+        if "prepare_data" in cfg and not os.path.exists(path):
+            raise BadInput(f"the data {path} is not there; run: {cfg.prepare_data}")
+
+
+def check_checkpoint(path: str) -> None:
+    """Raise unless `path` is a checkpoint that can be read without running code in it, as mmengine itself may do."""
+    read_mm_checkpoint(path)
+
+
+def data_files(cfg: Config, *splits: str) -> Iterator[str]:
+    """The files and folders that the dataloaders and evaluators of a config read."""
     for split in splits:
-        for path in data_files(cfg.get(f"{split}_dataloader")):
-            if "://" not in path and not os.path.exists(path):
-                way = f"run: {cfg.prepare_data}" if "prepare_data" in cfg else "see the README for where data belongs"
-                raise BadInput(f"the {split} data {path} is not there; {way}")
+        for part in (cfg.get(f"{split}_dataloader"), cfg.get(f"{split}_evaluator")):
+            yield from _named_files(part)
 
 
-@TRANSFORMS.register_module(force=True)
-class LoadImageFromFile(_LoadImageFromFile):
-    """mmcv's loader, which here names the file that it cannot read and refuses one whose end is missing."""
-
-    def transform(self, results: dict) -> dict | None:
-        path = results["img_path"]
-        try:
-            loaded = super().transform(results)
-        except Exception as error:
-            raise BadInput(f"cannot read the image {path}: {type(error).__name__} {error}".splitlines()[0]) from error
-        if os.path.isfile(path) and is_truncated(Path(path).read_bytes()):
-            raise BadInput(f"the image {path} is truncated: replace it, or take it out of the annotations")
-        return loaded
+def _named_files(part) -> Iterator[str]:
+    if isinstance(part, (list, tuple)):
+        for item in part:
+            yield from _named_files(item)
+    elif isinstance(part, dict):
+        yield from _named_files([part.get("dataset"), part.get("datasets")])
+        prefix = part.get("data_prefix") or {}
+        names = [part.get("ann_file"), *(prefix.values() if isinstance(prefix, dict) else [prefix])]
+        yield from (os.path.join(part.get("data_root") or "", n) for n in names if isinstance(n, str) and n)
 
 
-def is_truncated(image: bytes) -> bool:
-    """Whether a JPEG or PNG lacks its end marker. Decoders fill the missing part with grey and say nothing."""
-    if image.startswith(b"\xff\xd8"):
-        return image.rfind(b"\xff\xd9") < image.rfind(b"\xff\xda")  # end of image, start of the last scan
-    return image.startswith(b"\x89PNG") and b"IEND" not in image
+@contextmanager
+def readable_errors(cfg: Config | None = None) -> Iterator[None]:
+    """Turn errors of the user's input into one line and exit code 1; all others keep their traceback."""
+    try:
+        yield
+    except Exception as error:
+        line = explain(error, cfg)
+        if line is None:
+            raise
+        sys.exit("error: " + " ".join(line.split()))
 
 
 def explain(error: BaseException, cfg: Config | None) -> str | None:
-    """The line to print in place of a traceback, or None if the error is not one of the user's input."""
+    """What to print in place of a traceback, or None if the error is not one of the user's input."""
     if isinstance(error, BadInput):  # a DataLoader worker's error arrives with its traceback as the message
-        return str(error).strip().splitlines()[-1].removeprefix(f"{BadInput.__module__}.BadInput: ")
-    if isinstance(error, json.JSONDecodeError) and cfg is not None:
-        for split in ("train", "val", "test"):
-            for path in data_files(cfg.get(f"{split}_dataloader")):
-                if os.path.isfile(path) and not _is_json(path):
-                    return f"the annotation file {path} is not valid JSON: {error}"
+        return str(error).rsplit(f"{BadInput.__module__}.BadInput: ")[-1]
+    if isinstance(error, (json.JSONDecodeError, UnicodeDecodeError)) and cfg is not None:
+        for path in data_files(cfg, "train", "val", "test"):
+            if path.endswith(".json") and os.path.isfile(path) and not _is_json(path):
+                return f"the annotation file {path} is not valid JSON: {error}"
+    if isinstance(error, FileNotFoundError) or (isinstance(error, (TypeError, ValueError)) and _is_ours(error)):
+        return str(error)
     return None
 
 
@@ -109,3 +111,41 @@ def _is_json(path: str) -> bool:
     except ValueError:
         return False
     return True
+
+
+def _is_ours(error: BaseException | None) -> bool:
+    """Whether a check in this package raised the error, or the one that mmengine's registry wrapped into it."""
+    while error is not None:
+        trace = error.__traceback__
+        while trace is not None and trace.tb_next is not None:
+            trace = trace.tb_next
+        if trace is not None and Path(trace.tb_frame.f_code.co_filename).is_relative_to(PACKAGE):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def is_truncated(image: bytes) -> bool:
+    """Whether a JPEG or PNG lacks its end marker. Decoders fill the missing part with grey and say nothing."""
+    if image.startswith(b"\xff\xd8"):
+        return image.rfind(b"\xff\xd9") < image.rfind(b"\xff\xda")  # end of image, start of the last scan
+    return image.startswith(b"\x89PNG") and b"IEND" not in image
+
+
+def _strict(load: Callable) -> Callable:
+    def transform(self, results: dict) -> dict | None:
+        path = results["img_path"]
+        try:
+            loaded = load(self, results)
+        except Exception as error:
+            raise BadInput(f"cannot read the image {path}: {type(error).__name__} {error}") from error
+        if os.path.isfile(path) and is_truncated(Path(path).read_bytes()):
+            raise BadInput(f"the image {path} is truncated: replace it, or take it out of the annotations")
+        return loaded
+
+    return transform
+
+
+# Under these command lines mmcv's loader names the file it cannot read. Replaced in the class itself, as mmdet, mmseg
+# and mmpretrain each find it through a registry of their own.
+LoadImageFromFile.transform = _strict(LoadImageFromFile.transform)

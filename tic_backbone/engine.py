@@ -1,13 +1,16 @@
 """What mmengine's training loop gets from this project: a checkpoint when interrupted, curves, bfloat16 on CPUs."""
 
 import json
+import os
 import signal
 from collections import defaultdict
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
+from mmengine.config import Config
 from mmengine.dist import is_main_process
 from mmengine.hooks import Hook
 from mmengine.optim import OptimWrapper
@@ -19,14 +22,15 @@ from mmengine.runner import Runner
 class InterruptHook(Hook):
     """On Ctrl-C or SIGTERM finish the iteration, save a checkpoint and leave; on the second Ctrl-C leave at once.
 
-    During validation the checkpoint comes at its end: until then averaged weights may stand in for the trained ones.
-    Only the main process acts. The launcher ends the others, which a lone exit could leave waiting in a collective.
+    A validation is finished first: until its end averaged weights may stand in for the trained ones. Only the main
+    process acts. The launcher ends the others, which a lone exit could leave waiting in a collective.
     """
 
     priority = "LOWEST"
 
     def __init__(self) -> None:
         self.signal: int | None = None
+        self.process = os.getpid()
 
     def before_run(self, runner: Runner) -> None:
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -43,10 +47,14 @@ class InterruptHook(Hook):
         self._leave(runner, iterations=runner.iter)
 
     def _note(self, number: int, frame) -> None:
-        if self.signal is not None and number == signal.SIGINT:
+        if os.getpid() != self.process:  # a data loader's worker, forked with this handler: the main process decides
+            if number == signal.SIGTERM:
+                os._exit(128 + number)
+        elif self.signal is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.signal = number
-        print("\nstopping as soon as a checkpoint is saved; Ctrl-C again stops at once", flush=True)
+        else:
+            self.signal = number
+            os.write(2, b"\nstopping as soon as a checkpoint is saved; Ctrl-C again stops at once\n")
 
     def _leave(self, runner: Runner, iterations: int) -> None:
         if self.signal is not None and is_main_process():
@@ -54,16 +62,31 @@ class InterruptHook(Hook):
             raise SystemExit(128 + self.signal)
 
 
+def train(cfg: Config) -> None:
+    """Train, and save what was trained if anything stops it."""
+    runner, interrupt = Runner.from_cfg(cfg), InterruptHook()
+    runner.register_hook(interrupt)
+    try:
+        runner.train()
+    except Exception:
+        if runner.iter > 0 and runner.model.training and is_main_process():
+            runner.logger.error(f"Stopped by an error. {save_interrupted(runner, runner.iter)}")
+        if interrupt.signal is None:
+            raise
+        raise SystemExit(128 + interrupt.signal) from None  # the signal killed a worker or another process first
+
+
 def save_interrupted(runner: Runner, iterations: int) -> str:
     """Save all that --resume needs after `iterations` optimizer steps, and say so in a sentence.
 
     On resuming, an epoch that had begun is begun again. Not to be called while validating, when averaged
-    weights may then stand in for the trained ones.
+    weights may stand in for the trained ones.
     """
     path = Path(runner.work_dir, "interrupted.pth")
-    if is_main_process():
-        runner.save_checkpoint(runner.work_dir, path.name, meta=dict(epoch=runner.epoch, iter=iterations))
-        path.with_name("last_checkpoint").write_text(str(path))
+    part = path.with_suffix(".part")  # an earlier one stays whole until this one is
+    runner.save_checkpoint(runner.work_dir, part.name, meta=dict(epoch=runner.epoch, iter=iterations))
+    part.replace(path)
+    path.with_name("last_checkpoint").write_text(str(path))
     return f"What was trained is in {path}; the same command with --resume goes on from it."
 
 
@@ -90,7 +113,10 @@ def read_curves(logs: list[Path]) -> dict[str, dict[int, float]]:
     curves: dict[str, dict[int, float]] = defaultdict(dict)
     for log in logs:
         for line in log.read_text().splitlines():
-            record = json.loads(line)
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError:  # the last line of a run that was killed
+                continue
             for name, value in record.items():
                 if isinstance(value, (int, float)) and "step" in record:
                     curves[name][record["step"]] = value
@@ -117,6 +143,7 @@ def plot_curves(curves: dict[str, dict[int, float]], path: Path) -> None:
 class BFloat16OptimWrapper(OptimWrapper):
     """Mixed precision where there is no GPU: autocast to bfloat16, which needs no loss scaling."""
 
-    def optim_context(self, model: torch.nn.Module):
-        context = super().optim_context(model)
-        return torch.autocast("cpu", torch.bfloat16) if isinstance(context, nullcontext) else context
+    @contextmanager
+    def optim_context(self, model: torch.nn.Module) -> Iterator[None]:
+        with super().optim_context(model), torch.autocast("cpu", torch.bfloat16):
+            yield

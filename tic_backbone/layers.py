@@ -9,19 +9,19 @@ from tic_backbone.ops import choose_backend, msa_conv2d, odd_pair, pair
 DIRECTIONS = ((0, 0), (-1, -1), (1, 1), (-1, 1), (1, -1))  # the centre and the four diagonals, (down, right)
 
 
-def cyclic_shift(x: torch.Tensor, groups: int, length: tuple[int, int], turn: int) -> torch.Tensor:
+def cyclic_shift(x: torch.Tensor, groups: int, length: int, turn: int) -> torch.Tensor:
     """Roll the channel groups of keys or values in turn over `DIRECTIONS`, `length` tokens, around the border.
 
     After it, a window centred on a query holds the tokens `length` away from it in the group's direction. The groups
     form at most five runs, one a direction; `turn` rotates which direction the first run takes, so that over the
     layers of a network even a single head looks everywhere. Maps smaller than the length wrap more than once.
     """
-    runs = x.unflatten(1, (groups, -1)).tensor_split(min(groups, len(DIRECTIONS)), dim=1)
+    x = x.permute(0, 2, 3, 1).unflatten(3, (groups, -1))  # (N, H, W, groups, C / groups)
     rolled = []
-    for i, run in enumerate(runs):
+    for i, run in enumerate(x.tensor_split(min(groups, len(DIRECTIONS)), dim=3)):
         down, right = DIRECTIONS[(i + turn) % len(DIRECTIONS)]
-        rolled.append(run.roll((-down * length[0], -right * length[1]), dims=(3, 4)) if down else run)
-    return torch.cat(rolled, dim=1).flatten(1, 2)
+        rolled.append(run.roll((-down * length, -right * length), dims=(1, 2)) if down else run)
+    return torch.cat(rolled, dim=3).flatten(3).permute(0, 3, 1, 2)
 
 
 def inter_pool(x: torch.Tensor, ratio: int) -> torch.Tensor:
@@ -36,9 +36,9 @@ def inter_pool(x: torch.Tensor, ratio: int) -> torch.Tensor:
 class MSAConv2d(nn.Module):
     """Multi-head self-attention with the arguments and the output size of the ``nn.Conv2d`` it replaces.
 
-    A 1 x 1 projection gives q, k and v of ``out_channels``; `msa_conv2d` attends within the window; a second
+    1 x 1 projections give q, k and v of ``out_channels``; `msa_conv2d` attends within the window; a last
     projection mixes the heads. ``groups=1`` is the standard form, ``groups=out_channels`` the depthwise form, and in
-    between ``groups`` is the number of heads. Unlike a convolution's, the first projection always sees all input
+    between ``groups`` is the number of heads. Unlike a convolution's, the first projections always see all input
     channels, so ``groups`` need not divide ``in_channels``.
 
     Args:
@@ -49,7 +49,7 @@ class MSAConv2d(nn.Module):
             ValueError.
         dilation: spacing of the keys in the window.
         groups: number of heads; must divide ``out_channels``.
-        bias: whether both projections have one.
+        bias: whether the projections have one.
         padding_mode: only "zeros"; those keys score 0 and take their share of the softmax.
         cyclic_shift: length of the multi-directional cyclic shift in tokens, 0 for none; see `cyclic_shift`.
         turn: direction at which the heads start, in a network the index of the layer.
@@ -57,7 +57,7 @@ class MSAConv2d(nn.Module):
         backend: implementation of the attention; see `tic_backbone.msa_conv2d`.
     """
 
-    transposed = False  # these two are read where mmcv wraps a convolution
+    transposed = False  # mmcv's ConvModule reads these two of every convolution it wraps
     output_padding = (0, 0)
 
     def __init__(
@@ -96,15 +96,18 @@ class MSAConv2d(nn.Module):
             )
         self.padding_mode = padding_mode
         self.cyclic_shift, self.turn, self.inter_pool, self.backend = cyclic_shift, turn, inter_pool, backend
-        self.qkv = nn.Linear(in_channels, 3 * out_channels, bias)
-        self.proj = nn.Linear(out_channels, out_channels, bias)
+        self.q = Linear2d(in_channels, out_channels, bias)
+        self.kv = Linear2d(in_channels, 2 * out_channels, bias)
+        self.proj = Linear2d(out_channels, out_channels, bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if x.dim() != 4 or x.shape[1] != self.in_channels:
             raise ValueError(f"expected an input of shape (N, {self.in_channels}, H, W), got {tuple(x.shape)}")
-        q, k, v = self.project(x)
+        q = self.q(x)
+        # Pooled before the projection, which is linear: the same keys and values, for a part of the arithmetic.
+        k, v = self.kv(x if self.inter_pool == 1 else inter_pool(x, self.inter_pool)).chunk(2, 1)
         if self.cyclic_shift:
-            k, v = (cyclic_shift(t, self.groups, (self.cyclic_shift,) * 2, self.turn) for t in (k, v))
+            k, v = (cyclic_shift(t, self.groups, self.cyclic_shift, self.turn) for t in (k, v))
         x = msa_conv2d(
             q,
             k,
@@ -116,25 +119,18 @@ class MSAConv2d(nn.Module):
             key_stride=self.inter_pool,
             backend=self.backend,
         )
-        return linear2d(x, self.proj.weight, self.proj.bias)
-
-    def project(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """q on the tokens of x, k and v on the pooled ones; pooling first saves most of their projection."""
-        weight, bias = self.qkv.weight, self.qkv.bias
-        if self.inter_pool == 1:
-            return linear2d(x, weight, bias).chunk(3, 1)
-        sizes = (self.out_channels, 2 * self.out_channels)
-        (wq, wkv), (bq, bkv) = weight.split(sizes), (None, None) if bias is None else bias.split(sizes)
-        return linear2d(x, wq, bq), *linear2d(inter_pool(x, self.inter_pool), wkv, bkv).chunk(2, 1)
+        return self.proj(x)
 
     def extra_repr(self) -> str:
         names = ("kernel_size", "stride", "dilation", "groups", "cyclic_shift", "turn", "inter_pool")
         return f"{self.in_channels}, {self.out_channels}, " + ", ".join(f"{n}={getattr(self, n)}" for n in names)
 
 
-def linear2d(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+class Linear2d(nn.Linear):
     """A 1 x 1 convolution as a matrix product: faster on channels-last maps, and free of copies there."""
-    return F.linear(x.permute(0, 2, 3, 1), weight, bias).permute(0, 3, 1, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
 class LayerNorm2d(nn.LayerNorm):
@@ -149,12 +145,11 @@ class MLP(nn.Module):
 
     def __init__(self, channels: int, hidden: int) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(channels, hidden)
-        self.fc2 = nn.Linear(hidden, channels)
+        self.fc1 = Linear2d(channels, hidden)
+        self.fc2 = Linear2d(hidden, channels)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = x.permute(0, 2, 3, 1)  # (N, H, W, C)
-        return self.fc2(F.gelu(self.fc1(x))).permute(0, 3, 1, 2)
+        return self.fc2(F.gelu(self.fc1(x)))
 
 
 class DropPath(nn.Module):

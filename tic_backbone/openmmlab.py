@@ -4,14 +4,18 @@ One registration in mmengine's root registry serves mmdet, mmsegmentation and mm
 """
 
 import copy
+import pickle
 
-from mmengine.logging import print_log
+import numpy as np
+from mmengine.logging import HistoryBuffer, print_log
 from mmengine.model import BaseModule
 from mmengine.registry import MODELS
-from mmengine.runner.checkpoint import get_torch_safe_globals
 
 from tic_backbone import tic
 from tic_backbone.checkpoint import load_weights, read_checkpoint, strip_prefix
+from tic_backbone.layers import MSAConv2d
+
+MODELS.register_module(module=MSAConv2d)  # conv_cfg=dict(type="MSAConv2d")
 
 
 @MODELS.register_module()
@@ -23,8 +27,10 @@ class TiC(tic.TiC, BaseModule):
     """
 
     def __init__(self, arch: str | dict = "tiny", init_cfg: dict | None = None, **fields) -> None:
-        if init_cfg is not None and (not isinstance(init_cfg, dict) or init_cfg.get("type") != "Pretrained"):
-            raise ValueError(f"TiC initialises itself; init_cfg can only be dict(type='Pretrained', ...), got {init_cfg}")
+        if init_cfg is not None and (
+            init_cfg.get("type") != "Pretrained" or {*init_cfg} - {"prefix"} != {"type", "checkpoint"}
+        ):
+            raise ValueError(f"init_cfg can only be dict(type='Pretrained', checkpoint=..., prefix=...), got {init_cfg}")
         super().__init__(arch, **fields)
         self.init_cfg = copy.deepcopy(init_cfg)
 
@@ -37,6 +43,21 @@ class TiC(tic.TiC, BaseModule):
 
 def load_pretrained(backbone: tic.TiC, checkpoint: str, prefix: str | None = None) -> None:
     """Load `checkpoint`, a path or an address, and log what did not match."""
-    weights = read_checkpoint(checkpoint, get_torch_safe_globals())
+    weights = read_mm_checkpoint(checkpoint)
     report = load_weights(backbone, strip_prefix(weights, prefix) if prefix else weights)
     print_log(f"{checkpoint}: {report}", logger="current")
+
+
+def read_mm_checkpoint(path: str) -> dict:
+    """The tensors by name in a checkpoint of mmengine, which holds log history and numpy scalars besides."""
+    reconstruct, scalar = np.empty(0).__reduce__()[0], np.float64(0).__reduce__()[0]
+    dtypes = {type(np.dtype(name)) for name in ("float32", "float64", "int32", "int64", "uint32", "uint8", "bool")}
+    history = (_history_method, "builtins.getattr")
+    return read_checkpoint(path, [HistoryBuffer, history, reconstruct, scalar, np.ndarray, np.dtype, *dtypes])
+
+
+def _history_method(owner: type, name: str):
+    """Stands in for the `getattr` that a HistoryBuffer's state calls: the real one would open every door."""
+    if owner is HistoryBuffer and name in ("current", "max", "mean", "min"):
+        return getattr(owner, name)
+    raise pickle.UnpicklingError(f"the file asks for {name} of {owner}")

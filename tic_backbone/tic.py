@@ -40,6 +40,9 @@ class TiCConfig:
             if not isinstance(value, (tuple, list)) or not all(type(i) is int for i in value):
                 raise TypeError(f"{name} must be a sequence of ints, got {value!r}")
             object.__setattr__(self, name, tuple(value))
+        for name in ("head_dim", "kernel_size", "in_channels", "frozen_stages"):
+            if type(getattr(self, name)) is not int:
+                raise TypeError(f"{name} must be an int, got {getattr(self, name)!r}")
         n = len(self.channels)
         odd_pair(self.kernel_size, "kernel_size")
         choose_backend(self.backend)
@@ -53,6 +56,8 @@ class TiCConfig:
             raise ValueError(f"{self.frozen_stages=} must be between 0 (nothing frozen) and {n}")
         if not 0 <= self.drop_path_rate < 1:
             raise ValueError(f"{self.drop_path_rate=} must be in [0, 1)")
+        if self.in_channels < 1 or self.mlp_ratio <= 0:
+            raise ValueError(f"{self.in_channels=} and {self.mlp_ratio=} must be positive")
 
 
 VARIANTS = {
@@ -70,6 +75,7 @@ class Block(nn.Module):
         """`depth` counts the network's blocks, `index` the stage's."""
         super().__init__()
         self.pos = nn.Conv2d(channels, channels, 3, padding=1, groups=channels)
+        self.pos.to(memory_format=torch.channels_last)  # the layout of its gradient, which distributed training asks for
         self.norm1 = LayerNorm2d(channels)
         self.attn = MSAConv2d(
             channels,
@@ -99,7 +105,7 @@ class TiC(nn.Module):
     [(1, 192, 54, 80), (1, 384, 27, 40), (1, 768, 14, 20)]
 
     Args:
-        arch: a name of `VARIANTS`, or the fields of a `TiCConfig`, of which ``channels`` and ``depths`` are needed.
+        arch: a name of `VARIANTS`, a `TiCConfig`, or its fields as a dict, with at least ``channels`` and ``depths``.
         **fields: replace fields of the variant; a name that `TiCConfig` does not have is a TypeError.
 
     Attributes:
@@ -107,7 +113,7 @@ class TiC(nn.Module):
         out_channels, out_strides: of the returned maps, in their order.
     """
 
-    def __init__(self, arch: str | dict = "tiny", **fields) -> None:
+    def __init__(self, arch: str | dict | TiCConfig = "tiny", **fields) -> None:
         super().__init__()
         self.config = config = make_config(arch, **fields)
         n_stages = max(config.out_indices) + 1
@@ -153,13 +159,15 @@ class TiC(nn.Module):
                 module.eval().requires_grad_(False)
 
 
-def make_config(arch: str | dict, **fields) -> TiCConfig:
-    """The variant named `arch`, or the config with the fields of the dict `arch`, with `fields` replaced."""
+def make_config(arch: str | dict | TiCConfig, **fields) -> TiCConfig:
+    """The variant named `arch`, or the config it is or describes, with `fields` replaced."""
     if isinstance(arch, dict):
-        return TiCConfig(**{**arch, **fields})
-    if arch not in VARIANTS:
-        raise ValueError(f"unknown {arch=}; choose one of {list(VARIANTS)} or give a dict of TiCConfig's fields")
-    return replace(VARIANTS[arch], **fields)
+        arch = TiCConfig(**arch)
+    elif not isinstance(arch, TiCConfig):
+        if arch not in VARIANTS:
+            raise ValueError(f"unknown {arch=}; choose one of {list(VARIANTS)} or give a dict of TiCConfig's fields")
+        arch = VARIANTS[arch]
+    return replace(arch, **fields)
 
 
 def _init(module: nn.Module) -> None:

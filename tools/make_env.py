@@ -18,7 +18,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PINS = ROOT / "requirements.txt"
-PYTHONS = ((3, 10), (3, 13))  # tried with 3.11; the pinned versions have wheels for the others
+PYTHONS = ((3, 11), (3, 13))  # tried with 3.11; the pinned versions have wheels for the other two
 GIGABYTES = 10  # 6 stay, the rest is needed while installing
 BUILD = ("torch", "torchvision", "numpy", "ninja", "psutil", "wheel", "packaging", "setuptools")  # for mmcv's setup.py
 

@@ -4,44 +4,44 @@
 """
 
 import argparse
-import os
-import sys
 
 from mmengine.config import Config
 from mmengine.runner import Runner
 
-from tic_backbone.cli import BadInput, argument_parser, check_data, explain, read_config
+from tic_backbone.cli import argument_parser, check_checkpoint, check_data, read_config, readable_errors
 
 
 def parse_args() -> argparse.Namespace:
     parser = argument_parser("Test a model")
     parser.add_argument("checkpoint", help="checkpoint that training wrote")
-    parser.add_argument("--show-dir", help="draw every image's predictions into this folder of the run's work dir")
+    parser.add_argument("--show-dir", help="draw predictions beside the truth on every image, into this folder")
     return parser.parse_args()
 
 
 def configure(args: argparse.Namespace) -> Config:
     """The config as it will run."""
     cfg = read_config(args)
-    if not os.path.isfile(args.checkpoint):
-        raise BadInput(f"there is no checkpoint {args.checkpoint}")
+    check_data(cfg, "test")
+    check_checkpoint(args.checkpoint)
     cfg.load_from, cfg.resume = args.checkpoint, False
     if args.show_dir:
-        cfg.merge_from_dict({"default_hooks.visualization": dict(draw=True, interval=1, test_out_dir=args.show_dir)})
-    check_data(cfg, "test")
+        drawing = {
+            "mmdet": dict(draw=True, interval=1, test_out_dir=args.show_dir),
+            "mmseg": dict(draw=True, interval=1),
+            "mmpretrain": dict(enable=True, interval=1, out_dir=args.show_dir),
+        }
+        cfg.merge_from_dict({"default_hooks.visualization": drawing[cfg.default_scope]})
+        if cfg.default_scope == "mmseg":  # whose hook draws where its visualizer saves
+            cfg.visualizer.save_dir = args.show_dir
     return cfg
 
 
 def main() -> None:
-    args, cfg = parse_args(), None
-    try:
+    args = parse_args()
+    with readable_errors():
         cfg = configure(args)
+    with readable_errors(cfg):
         Runner.from_cfg(cfg).test()
-    except Exception as error:
-        line = explain(error, cfg)
-        if line is None:
-            raise
-        sys.exit(f"error: {line}")
 
 
 if __name__ == "__main__":

@@ -5,20 +5,18 @@
 """
 
 import argparse
-import sys
 
 from mmengine.config import Config
 from mmengine.device import is_cuda_available
-from mmengine.runner import Runner
 
-from tic_backbone.cli import argument_parser, check_data, explain, read_config
-from tic_backbone.engine import InterruptHook, save_interrupted
+from tic_backbone.cli import argument_parser, check_checkpoint, check_data, read_config, readable_errors
+from tic_backbone.engine import train
 
 
 def parse_args() -> argparse.Namespace:
     parser = argument_parser("Train a model", epilog="A run that was stopped goes on with --resume.")
     parser.add_argument(
-        "--resume", nargs="?", const="auto", help="go on from this checkpoint, by default the work dir's latest"
+        "--resume", nargs="?", const="auto", help="go on from this checkpoint, by default the work dir's latest if any"
     )
     parser.add_argument("--amp", action="store_true", help="mixed precision: float16 on GPUs, bfloat16 on CPUs")
     return parser.parse_args()
@@ -27,30 +25,25 @@ def parse_args() -> argparse.Namespace:
 def configure(args: argparse.Namespace) -> Config:
     """The config as it will run."""
     cfg = read_config(args)
+    check_data(cfg, "train", "val")
+    cfg.custom_hooks = [*(cfg.get("custom_hooks") or []), dict(type="CurvesHook")]
     if args.resume:
         cfg.resume, cfg.load_from = True, None if args.resume == "auto" else args.resume
+    if cfg.get("load_from") and "://" not in cfg.load_from:
+        check_checkpoint(cfg.load_from)
     if args.amp:
-        gpu = dict(type="AmpOptimWrapper", loss_scale="dynamic")
-        cfg.optim_wrapper.update(gpu if is_cuda_available() else dict(type="BFloat16OptimWrapper"))
-    cfg.custom_hooks = [*(cfg.get("custom_hooks") or []), dict(type="CurvesHook")]
-    check_data(cfg, "train", "val")
+        for key in ("loss_scale", "dtype", "use_fsdp"):
+            cfg.optim_wrapper.pop(key, None)
+        cfg.optim_wrapper.type = "AmpOptimWrapper" if is_cuda_available() else "BFloat16OptimWrapper"
     return cfg
 
 
 def main() -> None:
-    args, cfg, runner, interrupt = parse_args(), None, None, InterruptHook()
-    try:
+    args = parse_args()
+    with readable_errors():
         cfg = configure(args)
-        runner = Runner.from_cfg(cfg)
-        runner.register_hook(interrupt)
-        runner.train()
-    except Exception as error:
-        line = "interrupted" if interrupt.signal else explain(error, cfg)
-        if line is None:
-            raise
-        if runner is not None and runner.iter > 0 and runner.model.training:
-            line += f"\n{save_interrupted(runner, runner.iter)}"
-        sys.exit(f"error: {line}")
+    with readable_errors(cfg):
+        train(cfg)
 
 
 if __name__ == "__main__":
