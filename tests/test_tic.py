@@ -60,6 +60,20 @@ def test_every_parameter_gets_a_gradient(size, switches):
     assert [name for name, p in model.named_parameters() if p.grad.stride() != p.stride()] == []
 
 
+def test_padding_of_a_batch_does_not_explode_gradients():
+    """A norm of exact zeros multiplies gradients by eps ** -0.5; padded images bring such zeros."""
+    torch.manual_seed(0)
+    model, norms = TiC("nano", out_indices=(3,)), []
+    whole = torch.randn(1, 3, 128, 128)
+    padded = whole.clone()
+    padded[..., 64:] = 0
+    for image in (whole, padded):
+        model.zero_grad()
+        (model(image)[-1] * torch.arange(256.0).view(-1, 1, 1).cos()).sum().backward()
+        norms.append(torch.cat([p.grad.flatten() for p in model.parameters()]).norm())
+    assert norms[1] < 10 * norms[0]
+
+
 @pytest.mark.parametrize("out_indices", [(0,), (1, 3), (0, 2), (2,)])
 def test_nothing_is_built_that_is_not_asked_for(out_indices):
     """Parameters without gradients stop distributed training."""

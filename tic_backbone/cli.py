@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from mmcv.transforms import LoadImageFromFile
 from mmengine.config import Config, DictAction
 from mmengine.config.utils import MODULE2PACKAGE
@@ -45,8 +46,14 @@ def read_config(args: argparse.Namespace) -> Config:
         raise BadInput(f"cannot read the config {args.config}: {type(error).__name__} {error}") from error
     cfg.launcher = args.launcher
     cfg.work_dir = args.work_dir or cfg.get("work_dir") or os.path.join("work_dirs", Path(args.config).stem)
-    if not is_cuda_available():
-        cfg.merge_from_dict({"env_cfg.dist_cfg.backend": "gloo"})
+    if args.launcher == "pytorch" and not is_cuda_available():  # mmengine would ask for a GPU in both steps
+        torch.distributed.init_process_group("gloo")
+        cfg.model_wrapper_cfg = dict(
+            type="MMDistributedDataParallel",
+            device_ids=None,
+            broadcast_buffers=False,
+            find_unused_parameters=cfg.get("find_unused_parameters", False),
+        )
     return cfg
 
 

@@ -171,7 +171,11 @@ def make_config(arch: str | dict | TiCConfig, **fields) -> TiCConfig:
 
 
 def _init(module: nn.Module) -> None:
-    if isinstance(module, (nn.Linear, nn.Conv2d)):
+    """Draw linear layers small, as transformers do; convolutions keep torch's default.
+
+    With biases of zero, a batch's padding would reach the stem's norms as exact zeros and explode their gradients.
+    """
+    if isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:
             nn.init.zeros_(module.bias)

@@ -6,6 +6,8 @@ Needs nothing but the standard library. Does nothing when the environment stands
 mmcv comes as source, so its operators are compiled here: everything that this takes is checked before.
 """
 
+from __future__ import annotations  # an old Python must get as far as saying that it is too old
+
 import hashlib
 import importlib.util
 import os
@@ -38,6 +40,12 @@ def obstacles(venv: Path) -> list[str]:
         found.append("Python's headers are missing, mmcv needs them: install them (Debian: python3-dev)")
     if not compiles(os.environ.get("CXX", "g++")):
         found.append("no C++17 compiler, mmcv needs one: install g++ 9 or newer, or set CXX (Debian: g++)")
+    gpu = Path("/dev/nvidia0").exists() and os.environ.get("CUDA_VISIBLE_DEVICES") != ""
+    if gpu and not (shutil.which("nvcc") or os.environ.get("CUDA_HOME")):
+        found.append(
+            "there is a GPU but no CUDA toolkit, which mmcv's operators need: install the toolkit of torch's CUDA "
+            "version, or build for the CPU alone with CUDA_VISIBLE_DEVICES= (set, and empty) before the command"
+        )
     free = shutil.disk_usage(venv.parent).free / 1e9
     if not venv.exists() and free < GIGABYTES:
         found.append(f"{free:.0f} GB free at {venv.parent}: need {GIGABYTES}")
@@ -58,14 +66,15 @@ def compiles(compiler: str) -> bool:
 
 def install(venv: Path) -> None:
     """Install every pin into `venv`, mmcv after what its build needs."""
-    python = str(venv / "bin" / "python")
+    python, version = str(venv / "bin" / "python"), ".".join(map(str, sys.version_info[:3]))
 
     def pip(*args: str, **env: str) -> None:
         command = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *args]
         subprocess.run(command, check=True, cwd=ROOT, env={**os.environ, **env})
 
-    if not Path(python).exists():
-        subprocess.run([sys.executable, "-m", "venv", str(venv)], check=True)
+    # Made anew where another Python made it, completed where it was left half made.
+    same = (venv / "pyvenv.cfg").is_file() and f"version = {version}" in (venv / "pyvenv.cfg").read_text()
+    subprocess.run([sys.executable, "-m", "venv", *([] if same else ["--clear"]), str(venv)], check=True)
     pins = ("--constraint", str(PINS))
     say("installing torch (about 3 GB to download)")
     pip(*pins, *BUILD)

@@ -26,9 +26,9 @@ def configure(args: argparse.Namespace) -> Config:
     cfg.load_from, cfg.resume = args.checkpoint, False
     if args.show_dir:
         drawing = {
-            "mmdet": dict(draw=True, interval=1, test_out_dir=args.show_dir),
-            "mmseg": dict(draw=True, interval=1),
-            "mmpretrain": dict(enable=True, interval=1, out_dir=args.show_dir),
+            "mmdet": dict(type="DetVisualizationHook", draw=True, interval=1, test_out_dir=args.show_dir),
+            "mmseg": dict(type="SegVisualizationHook", draw=True, interval=1),
+            "mmpretrain": dict(type="VisualizationHook", enable=True, interval=1, out_dir=args.show_dir),
         }
         cfg.merge_from_dict({"default_hooks.visualization": drawing[cfg.default_scope]})
         if cfg.default_scope == "mmseg":  # whose hook draws where its visualizer saves
