@@ -43,4 +43,5 @@ param_scheduler = [
     dict(type="LinearLR", start_factor=0.01, by_epoch=False, begin=0, end=50),
     dict(type="CosineAnnealingLR", eta_min_ratio=0.01, begin=0, end=16, by_epoch=True, convert_to_iter_based=True),
 ]
-default_hooks = dict(logger=dict(interval=10), visualization=dict(draw=True, interval=1))
+default_hooks = dict(
+    checkpoint=dict(max_keep_ckpts=2), logger=dict(interval=10), visualization=dict(draw=True, interval=1))  # fmt: skip

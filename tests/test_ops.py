@@ -207,3 +207,19 @@ def test_choice_of_backend_has_a_reason():
         chosen, reason = choose_backend(name)
         assert chosen in BACKENDS and reason
 
+
+@pytest.mark.heavy
+@pytest.mark.parametrize(("stride", "key_stride"), [(1, 1), (2, 1), (1, 2)])
+def test_exports_for_every_size(stride, key_stride):
+    class Attention(torch.nn.Module):
+        def forward(self, q, k, v):
+            return msa_conv2d(q, k, v, 5, stride=stride, key_stride=key_stride, groups=2)
+
+    h, w = torch.export.Dim("h", min=3), torch.export.Dim("w", min=3)
+    coarse = {0: torch.export.Dim("n", min=1), 2: h, 3: w}
+    fine = coarse if key_stride == 1 else {**coarse, 2: key_stride * h, 3: key_stride * w}
+    example = [x.detach() for x in qkv((2, 8, 20, 26), (key_stride, key_stride), dtype=torch.float32)]
+    program = torch.export.export(Attention(), tuple(example), dynamic_shapes=(fine, coarse, coarse)).module()
+    for shape in ((1, 8, 6, 8), (3, 8, 34, 18)):
+        x = [t.detach() for t in qkv(shape, (key_stride, key_stride), dtype=torch.float32)]
+        torch.testing.assert_close(program(*x), Attention()(*x))

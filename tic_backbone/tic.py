@@ -135,11 +135,7 @@ class TiC(nn.Module):
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """(N, in_channels, H, W) with H, W >= 32 to one (N, C_i, ceil(H / s_i), ceil(W / s_i)) for each out index."""
-        if x.dim() != 4 or x.shape[1] != self.config.in_channels:
-            raise ValueError(f"expected images of shape (N, {self.config.in_channels}, H, W), got {tuple(x.shape)}")
-        if min(x.shape[2:]) < MIN_SIZE:
-            raise ValueError(f"TiC needs images of at least {MIN_SIZE} x {MIN_SIZE} pixels, got {tuple(x.shape[2:])}")
-        x = self.stem(x.contiguous(memory_format=torch.channels_last))
+        x = self.stem(checked_images(x, self.config.in_channels))
         outs = []
         for i, stage in enumerate(self.stages):
             for block in stage:
@@ -157,6 +153,15 @@ class TiC(nn.Module):
         if self.config.frozen_stages:
             for module in (self.stem, *self.stages[: self.config.frozen_stages]):
                 module.eval().requires_grad_(False)
+
+
+def checked_images(x: torch.Tensor, in_channels: int) -> torch.Tensor:
+    """The images in channels-last memory; a ValueError if they are none, or too small for one token a stage."""
+    if x.dim() != 4 or x.shape[1] != in_channels:
+        raise ValueError(f"expected images of shape (N, {in_channels}, H, W), got {tuple(x.shape)}")
+    if min(x.shape[2:]) < MIN_SIZE:
+        raise ValueError(f"TiC needs images of at least {MIN_SIZE} x {MIN_SIZE} pixels, got {tuple(x.shape[2:])}")
+    return x.contiguous(memory_format=torch.channels_last)
 
 
 def make_config(arch: str | dict | TiCConfig, **fields) -> TiCConfig:

@@ -3,6 +3,7 @@
 _base_ = "mmdet::retinanet/retinanet_r50_fpn_1x_coco.py"
 custom_imports = dict(imports=["tic_backbone.openmmlab"])
 
+# From a classifier's weights: init_cfg=dict(type="Pretrained", checkpoint=..., prefix="backbone.") in the backbone.
 model = dict(
     backbone=dict(_delete_=True, type="TiC", arch="tiny", out_indices=(1, 2, 3), drop_path_rate=0.2),
     neck=dict(in_channels=[192, 384, 768], start_level=0),
