@@ -16,6 +16,7 @@ from mmengine.device import is_cuda_available
 from mmengine.hub import get_config
 
 from tic_backbone.openmmlab import read_mm_checkpoint
+from tic_backbone.swap import swap_backbone
 
 PACKAGE = Path(__file__).parent
 MODULE2PACKAGE["mmseg"] = "mmseg"  # look for the module: its distribution has another name in the forks
@@ -29,6 +30,9 @@ def argument_parser(description: str, **kwargs) -> argparse.ArgumentParser:
     """A parser with the arguments that OpenMMLab's tools have in common."""
     parser = argparse.ArgumentParser(description=description, **kwargs)
     parser.add_argument("config", help="path of a config, or package::path, as mmdet::retinanet/...")
+    parser.add_argument(
+        "--backbone", help="put TiC in the place of the config's backbone: tic_nano, tic_tiny, tic_small or tic_base"
+    )
     parser.add_argument("--work-dir", help="where logs and checkpoints go (default: work_dirs/<config's name>)")
     parser.add_argument("--cfg-options", nargs="+", action=DictAction, help="override settings, as key=value")
     parser.add_argument("--launcher", choices=["none", "pytorch", "slurm", "mpi"], default="none")
@@ -37,15 +41,21 @@ def argument_parser(description: str, **kwargs) -> argparse.ArgumentParser:
 
 
 def read_config(args: argparse.Namespace) -> Config:
-    """The config with the common arguments applied; a `BadInput` where it cannot be read."""
+    """The config with the common arguments applied, --cfg-options last; a `BadInput` where it cannot be read."""
     os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
     try:
         cfg = get_config(args.config) if "::" in args.config else Config.fromfile(args.config)
-        cfg.merge_from_dict(args.cfg_options or {})
     except Exception as error:
         raise BadInput(f"cannot read the config {args.config}: {type(error).__name__} {error}") from error
+    name = Path(args.config).stem
+    if args.backbone:
+        cfg, name = swap_backbone(cfg, args.backbone), f"{name}_{args.backbone}"
+    try:
+        cfg.merge_from_dict(args.cfg_options or {})
+    except Exception as error:
+        raise BadInput(f"cannot apply --cfg-options {args.cfg_options}: {type(error).__name__} {error}") from error
     cfg.launcher = args.launcher
-    cfg.work_dir = args.work_dir or cfg.get("work_dir") or os.path.join("work_dirs", Path(args.config).stem)
+    cfg.work_dir = args.work_dir or cfg.get("work_dir") or os.path.join("work_dirs", name)
     if args.launcher == "pytorch" and not is_cuda_available():  # mmengine would ask for a GPU in both steps
         torch.distributed.init_process_group("gloo")
         cfg.model_wrapper_cfg = dict(

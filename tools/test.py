@@ -1,6 +1,6 @@
 """Evaluate a checkpoint on its config's test data.
 
-    python tools/test.py configs/tic_retinanet.py work_dirs/tic_retinanet/epoch_24.pth --show-dir pictures
+python tools/test.py configs/tic_retinanet.py work_dirs/tic_retinanet/epoch_24.pth --show-dir pictures
 """
 
 import argparse

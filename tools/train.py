@@ -1,7 +1,7 @@
 """Train any mmengine config: detection, segmentation, classification.
 
-    python tools/train.py configs/tic_retinanet.py
-    torchrun --nproc_per_node 8 tools/train.py configs/detection/retinanet_tic-tiny_fpn_1x_coco.py --launcher pytorch
+python tools/train.py configs/tic_retinanet.py
+torchrun --nproc_per_node 8 tools/train.py configs/detection/retinanet_tic-tiny_fpn_1x_coco.py --launcher pytorch
 """
 
 import argparse
@@ -9,7 +9,7 @@ import argparse
 from mmengine.config import Config
 from mmengine.device import is_cuda_available
 
-from tic_backbone.cli import argument_parser, check_checkpoint, check_data, read_config, readable_errors
+from tic_backbone.cli import BadInput, argument_parser, check_checkpoint, check_data, read_config, readable_errors
 from tic_backbone.engine import train
 
 
@@ -18,6 +18,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--resume", nargs="?", const="auto", help="go on from this checkpoint, by default the work dir's latest if any"
     )
+    parser.add_argument("--pretrained", help="start the TiC backbone from its weights in this checkpoint, of any task")
     parser.add_argument("--amp", action="store_true", help="mixed precision: float16 on GPUs, bfloat16 on CPUs")
     return parser.parse_args()
 
@@ -26,6 +27,11 @@ def configure(args: argparse.Namespace) -> Config:
     """The config as it will run."""
     cfg = read_config(args)
     check_data(cfg, "train", "val")
+    if args.pretrained:
+        backbone = (cfg.model.get("detector") or cfg.model).get("backbone") or {}
+        if backbone.get("type") != "TiC":
+            raise BadInput(f"--pretrained is for TiC, the config's backbone is {backbone.get('type')}: add --backbone")
+        backbone.init_cfg = dict(type="Pretrained", checkpoint=args.pretrained)
     cfg.custom_hooks = [*(cfg.get("custom_hooks") or []), dict(type="CurvesHook")]
     if args.resume:
         cfg.resume, cfg.load_from = True, None if args.resume == "auto" else args.resume

@@ -1,0 +1,238 @@
+"""Put TiC into every config that mmdet, mmsegmentation and mmpretrain bring, and see which of them learn a step.
+
+    python tools/survey_configs.py --out work_dirs/survey --table docs/swapped_configs.md
+
+Each config is read, its backbone swapped, the model built, and run forward and backward on two made-up images; every
+weight of TiC must get a gradient. TiC has one block a stage here, which changes nothing for necks and heads. Results are
+kept in the output folder, and a survey that was stopped goes on.
+"""
+
+import argparse
+import json
+import multiprocessing
+import signal
+import traceback
+import warnings
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import torch
+from mmengine.config import Config
+from mmengine.logging import MMLogger
+from mmengine.model import revert_sync_batchnorm
+from mmengine.registry import MODELS, DefaultScope
+from mmengine.structures import InstanceData, PixelData
+from tqdm import tqdm
+
+import tic_backbone.cli  # noqa: F401 - lets mmengine find mmseg's bases
+from tic_backbone.openmmlab import swap_backbone
+
+PACKAGES = ("mmdet", "mmseg", "mmpretrain")
+SIDE = 128  # px, of the made-up images
+SECONDS = 240  # for one config
+OUTCOMES = {
+    "served": "learns a step with TiC",
+    "refused": "`swap_backbone` says why it cannot",
+    "no backbone": "the model has no backbone to swap",
+    "not tried": "cannot be read or built here, with its own backbone neither",
+    "failed": "swapped, but does not learn",
+}
+
+
+def config_files(package: str) -> list[Path]:
+    """The configs of an installed package that describe a whole training, without those that others inherit."""
+    root = Path(find_spec(package).origin).parent / ".mim" / "configs"
+    return [path for path in sorted(root.rglob("*.py")) if "_base_" not in path.parts and path.parts[-2] != "common"]
+
+
+def survey(path: Path) -> tuple[str, str]:
+    """(outcome, reason) of the config at `path`."""
+    try:
+        cfg = Config.fromfile(path)
+        scope = cfg.default_scope
+        model = cfg.model
+    except Exception as error:
+        return "not tried", f"does not read: {_line(error)}"
+    if not isinstance((model.get("detector") or model).get("backbone"), dict):
+        return "no backbone", f"model of type {model.get('type')}"
+    if "language_model" in model:
+        return "not tried", "builds only with a language model's weights, which are downloaded"
+    try:
+        cfg = swap_backbone(cfg, "tic_nano", depths=(1, 1, 1, 1))
+    except ValueError as error:
+        return "refused", _line(error)
+    try:
+        with DefaultScope.overwrite_default_scope(scope):
+            learn(cfg)
+    except Exception as error:
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        return "failed", f"{_line(error)} ({Path(where.filename).name}:{where.lineno})"
+    return "served", ""
+
+
+def learn(cfg: Config) -> None:
+    """One step forward and backward; an AssertionError if a weight of TiC gets no gradient."""
+    torch.manual_seed(0)
+    cfg.model.setdefault("data_preprocessor", cfg.get("data_preprocessor"))  # as mmengine's runner does
+    model = revert_sync_batchnorm(MODELS.build(cfg.model)).train()
+    owner = model.detector if hasattr(model, "detector") else model
+    inputs = SAMPLES[cfg.default_scope](cfg.model)
+    if cfg.default_scope != "mmpretrain":
+        inputs = owner.data_preprocessor(inputs, True)
+    loss, _ = model.parse_losses(model(**inputs, mode="loss"))
+    loss.backward()
+    without = [name for name, p in owner.backbone.named_parameters() if p.requires_grad and p.grad is None]
+    assert not without, f"no gradient for {without}"
+
+
+def detection(model: dict) -> dict:
+    """A batch with boxes, masks, a semantic map and proposals, which each detector takes its part of."""
+    from mmdet.structures import DetDataSample
+    from mmdet.structures.mask import BitmapMasks
+
+    boxes = torch.tensor([[8.0, 10.0, 90.0, 100.0], [40.0, 30.0, 80.0, 60.0]])
+    masks = np.zeros((2, SIDE, SIDE), np.uint8)
+    for mask, (left, top, right, bottom) in zip(masks, boxes.int().tolist()):
+        mask[top:bottom, left:right] = 1
+    samples = []
+    for _ in range(2):
+        size = (SIDE, SIDE)
+        meta = dict(img_id=0, img_shape=size, ori_shape=size, scale_factor=(1.0, 1.0), flip=False, border=[1, 1, 1, 1])
+        sample = DetDataSample(metainfo=meta)
+        sample.gt_instances = InstanceData(bboxes=boxes, labels=torch.zeros(2, dtype=torch.long))
+        sample.gt_instances.masks = BitmapMasks(masks, *size)
+        sample.ignored_instances = InstanceData(bboxes=boxes[:0])
+        sample.gt_sem_seg = PixelData(sem_seg=torch.zeros(1, *size, dtype=torch.long))
+        sample.proposals = InstanceData(bboxes=boxes + 2, scores=torch.ones(2))
+        samples.append(sample)
+    return dict(
+        inputs=[torch.randint(0, 255, (3, SIDE, SIDE), dtype=torch.uint8) for _ in samples], data_samples=samples
+    )
+
+
+def segmentation(model: dict) -> dict:
+    from mmseg.structures import SegDataSample
+
+    samples = []
+    for _ in range(2):
+        sample = SegDataSample(metainfo=dict(img_shape=(SIDE, SIDE), ori_shape=(SIDE, SIDE)))
+        sample.gt_sem_seg = PixelData(data=torch.randint(0, 2, (1, SIDE, SIDE)))
+        sample.gt_edge_map = PixelData(data=torch.randint(0, 2, (1, SIDE, SIDE)))
+        samples.append(sample)
+    return dict(
+        inputs=[torch.randint(0, 255, (3, SIDE, SIDE), dtype=torch.uint8) for _ in samples], data_samples=samples
+    )
+
+
+def classification(model: dict) -> dict:
+    """A batch with labels; for learners without labels a list of views of each image."""
+    from mmpretrain.structures import DataSample
+
+    images = torch.randn(2, model.backbone.get("in_channels", 3), SIDE, SIDE)
+    if model.type == "ImageClassifier":
+        multi = model.head.type.startswith(("MultiLabel", "CSRA"))
+        label = torch.eye(model.head.num_classes)[0] if multi else torch.tensor([0])
+        return dict(inputs=images, data_samples=[DataSample().set_gt_score(label) if multi else
+                                                 DataSample().set_gt_label(label) for _ in images])  # fmt: skip
+    views = [images + i for i in range(sum(model.get("num_crops", [8])) if model.type == "SwAV" else 2)]
+    return dict(inputs=views, data_samples=None)
+
+
+SAMPLES = dict(mmdet=detection, mmseg=segmentation, mmpretrain=classification)
+
+
+def _line(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".removeprefix("ValueError: ").split())[:200]
+
+
+def _start_worker() -> None:
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore")
+    MMLogger.get_instance("survey", log_level="ERROR")
+    signal.signal(signal.SIGALRM, _too_long)
+
+
+def _too_long(number: int, frame) -> None:
+    raise TimeoutError(f"not done after {SECONDS} seconds")
+
+
+def _survey(job: tuple[str, Path]) -> dict:
+    name, path = job
+    signal.alarm(SECONDS)
+    try:
+        outcome, reason = survey(path)
+    finally:
+        signal.alarm(0)
+    return dict(config=name, outcome=outcome, reason=reason)
+
+
+def run(jobs: dict[str, Path], results: Path, processes: int) -> list[dict]:
+    """The result of every job, those that `results` holds already included."""
+    results.parent.mkdir(parents=True, exist_ok=True)
+    done = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
+    rest = [job for job in jobs.items() if job[0] not in {result["config"] for result in done}]
+    context = multiprocessing.get_context("spawn")
+    with results.open("a") as file, context.Pool(processes, _start_worker, maxtasksperchild=50) as pool:
+        for result in tqdm(pool.imap_unordered(_survey, rest), total=len(rest), unit="config"):
+            file.write(json.dumps(result) + "\n")
+            file.flush()
+            done.append(result)
+    return [result for result in done if result["config"] in jobs]
+
+
+def table(results: list[dict]) -> Iterator[str]:
+    """The results as Markdown."""
+    yield "# Which configs TiC can be swapped into\n"
+    yield "Made by `tools/survey_configs.py`, which swaps TiC into each config that the installed packages bring and runs"
+    yield "one step forward and backward. The packages' versions are in `requirements.txt`.\n"
+    counts = defaultdict(Counter)
+    for result in results:
+        counts[result["config"].split("::")[0]][result["outcome"]] += 1
+    yield "| package | " + " | ".join(OUTCOMES) + " | served, of those that could be tried |"
+    yield "|---" * (len(OUTCOMES) + 2) + "|"
+    for package in PACKAGES:
+        count = counts[package]
+        tried = count["served"] + count["refused"] + count["failed"]
+        share = f"{count['served'] / tried:.1%}" if tried else ""
+        yield f"| {package} | " + " | ".join(str(count[outcome]) for outcome in OUTCOMES) + f" | {share} |"
+    yield ""
+    yield from (f"* **{outcome}**: {meaning}." for outcome, meaning in OUTCOMES.items())
+    for outcome in OUTCOMES:
+        folders = defaultdict(lambda: defaultdict(list))
+        for result in sorted(results, key=lambda r: r["config"]):
+            if result["outcome"] == outcome:
+                folders[result["config"].rsplit("/", 1)[0]][result["reason"]].append(result["config"])
+        yield f"\n## {outcome.capitalize()}\n"
+        yield "| configs | number | reason |" if outcome != "served" else "| configs | number |"
+        yield "|---|---|---|" if outcome != "served" else "|---|---|"
+        for folder, reasons in folders.items():
+            for reason, names in reasons.items():
+                what = f"`{folder}`" if len(reasons) == 1 or len(names) > 3 else ", ".join(f"`{n}`" for n in names)
+                yield f"| {what} | {len(names)} |" + (f" {reason} |" if outcome != "served" else "")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("work_dirs/survey"), help="folder of the results")
+    parser.add_argument("--table", type=Path, help="write the table to this file")
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--only", default="", help="only configs whose name contains this")
+    args = parser.parse_args()
+    jobs = {}
+    for package in PACKAGES:
+        for path in config_files(package):
+            name = f"{package}::{path.as_posix().split('/.mim/configs/')[1]}"
+            if args.only in name:
+                jobs[name] = path
+    results = run(jobs, args.out / "results.jsonl", args.processes)
+    text = "\n".join(table(results)) + "\n"
+    if args.table:
+        args.table.write_text(text)
+    print("\n".join(text.splitlines()[4:10]))
+
+
+if __name__ == "__main__":
+    main()
