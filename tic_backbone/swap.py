@@ -175,7 +175,7 @@ def _translate(value, old: Sequence[int], new: Sequence[int], where: str):
         return new[-1]
     for step in (1, -1):
         if isinstance(value, (list, tuple)) and list(value) == list(old)[::step]:
-            return list(new)[::step]
+            return type(value)(new[::step])
     raise ValueError(
         f"TiC can take no place here: {where}={value} are not the channels {list(old)} of the backbone's maps"
     )

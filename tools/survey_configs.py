@@ -3,25 +3,26 @@
     python tools/survey_configs.py --out work_dirs/survey --table docs/swapped_configs.md
 
 Each config is read, its backbone swapped, the model built, and run forward and backward on two made-up images; every
-weight of TiC must get a gradient. TiC has one block a stage here, which changes nothing for necks and heads. Results are
-kept in the output folder, and a survey that was stopped goes on.
+weight of TiC must get a gradient. TiC has one block a stage here, which changes nothing for necks and heads. Models that
+are equal after the swap run once. Results are kept in the output folder, and a survey that was stopped goes on.
 """
 
 import argparse
+import hashlib
 import json
+import logging
 import multiprocessing
 import signal
 import traceback
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import torch
 from mmengine.config import Config
-from mmengine.logging import MMLogger
 from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import MODELS, DefaultScope
 from mmengine.structures import InstanceData, PixelData
@@ -37,7 +38,7 @@ OUTCOMES = {
     "served": "learns a step with TiC",
     "refused": "`swap_backbone` says why it cannot",
     "no backbone": "the model has no backbone to swap",
-    "not tried": "cannot be read or built here, with its own backbone neither",
+    "not tried": "does not run here with its own backbone either",
     "failed": "swapped, but does not learn",
 }
 
@@ -48,34 +49,54 @@ def config_files(package: str) -> list[Path]:
     return [path for path in sorted(root.rglob("*.py")) if "_base_" not in path.parts and path.parts[-2] != "common"]
 
 
-def survey(path: Path) -> tuple[str, str]:
-    """(outcome, reason) of the config at `path`."""
+def prepare(path: Path) -> tuple[Config | None, str, str]:
+    """(swapped config, outcome, reason) of the config at `path`; without a config the outcome is known already."""
     try:
         cfg = Config.fromfile(path)
-        scope = cfg.default_scope
         model = cfg.model
     except Exception as error:
-        return "not tried", f"does not read: {_line(error)}"
+        return None, "not tried", f"does not read: {_line(error)}"
     if not isinstance((model.get("detector") or model).get("backbone"), dict):
-        return "no backbone", f"model of type {model.get('type')}"
+        return None, "no backbone", f"model of type {model.get('type')}"
     if "language_model" in model:
-        return "not tried", "builds only with a language model's weights, which are downloaded"
+        return None, "not tried", "builds only with a language model's weights, which are downloaded"
     try:
-        cfg = swap_backbone(cfg, "tic_nano", depths=(1, 1, 1, 1))
+        return swap_backbone(cfg, "tic_nano", depths=(1, 1, 1, 1)), "", ""
     except ValueError as error:
-        return "refused", _line(error)
+        return None, "refused", _line(error)
+
+
+def model_key(path: Path) -> dict:
+    """The outcome of the config at `path`, or a key that it shares with all whose models are equal after the swap."""
+    cfg, outcome, reason = prepare(path)
+    if cfg is None:
+        return dict(outcome=outcome, reason=reason)
+    model = {key: value for key, value in cfg.model.items() if key not in ("data_preprocessor", "test_cfg")}
+    return dict(key=hashlib.sha1(repr((cfg.default_scope, model)).encode()).hexdigest())
+
+
+def outcome(path: Path) -> dict:
+    """Whether the config at `path` learns a step with TiC. If it does not with its own backbone either, it was no try."""
     try:
-        with DefaultScope.overwrite_default_scope(scope):
-            learn(cfg)
+        learn(prepare(path)[0])
     except Exception as error:
-        where = traceback.extract_tb(error.__traceback__)[-1]
-        return "failed", f"{_line(error)} ({Path(where.filename).name}:{where.lineno})"
-    return "served", ""
+        reason = _reason(error)
+        try:
+            learn(Config.fromfile(path))
+        except Exception as own:
+            return dict(outcome="not tried", reason=f"fails here with its own backbone too: {_reason(own)}")
+        return dict(outcome="failed", reason=reason)
+    return dict(outcome="served", reason="")
 
 
 def learn(cfg: Config) -> None:
     """One step forward and backward; an AssertionError if a weight of TiC gets no gradient."""
-    torch.manual_seed(0)
+    with DefaultScope.overwrite_default_scope(cfg.default_scope):
+        torch.manual_seed(0)
+        _learn(cfg)
+
+
+def _learn(cfg: Config) -> None:
     cfg.model.setdefault("data_preprocessor", cfg.get("data_preprocessor"))  # as mmengine's runner does
     model = revert_sync_batchnorm(MODELS.build(cfg.model)).train()
     owner = model.detector if hasattr(model, "detector") else model
@@ -93,13 +114,15 @@ def detection(model: dict) -> dict:
     from mmdet.structures import DetDataSample
     from mmdet.structures.mask import BitmapMasks
 
+    neck = model.get("neck") or {}
+    side = 320 if isinstance(neck, dict) and neck.get("type") == "SSDNeck" else SIDE  # it shrinks to a map of one token
     boxes = torch.tensor([[8.0, 10.0, 90.0, 100.0], [40.0, 30.0, 80.0, 60.0]])
-    masks = np.zeros((2, SIDE, SIDE), np.uint8)
+    masks = np.zeros((2, side, side), np.uint8)
     for mask, (left, top, right, bottom) in zip(masks, boxes.int().tolist()):
         mask[top:bottom, left:right] = 1
     samples = []
     for _ in range(2):
-        size = (SIDE, SIDE)
+        size = (side, side)
         meta = dict(img_id=0, img_shape=size, ori_shape=size, scale_factor=(1.0, 1.0), flip=False, border=[1, 1, 1, 1])
         sample = DetDataSample(metainfo=meta)
         sample.gt_instances = InstanceData(bboxes=boxes, labels=torch.zeros(2, dtype=torch.long))
@@ -109,7 +132,7 @@ def detection(model: dict) -> dict:
         sample.proposals = InstanceData(bboxes=boxes + 2, scores=torch.ones(2))
         samples.append(sample)
     return dict(
-        inputs=[torch.randint(0, 255, (3, SIDE, SIDE), dtype=torch.uint8) for _ in samples], data_samples=samples
+        inputs=[torch.randint(0, 255, (3, side, side), dtype=torch.uint8) for _ in samples], data_samples=samples
     )
 
 
@@ -148,10 +171,15 @@ def _line(error: Exception) -> str:
     return " ".join(f"{type(error).__name__}: {error}".removeprefix("ValueError: ").split())[:200]
 
 
+def _reason(error: Exception) -> str:
+    where = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{_line(error)} ({Path(where.filename).name}:{where.lineno})"
+
+
 def _start_worker() -> None:
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
-    MMLogger.get_instance("survey", log_level="ERROR")
+    logging.disable(logging.WARNING)
     signal.signal(signal.SIGALRM, _too_long)
 
 
@@ -159,28 +187,30 @@ def _too_long(number: int, frame) -> None:
     raise TimeoutError(f"not done after {SECONDS} seconds")
 
 
-def _survey(job: tuple[str, Path]) -> dict:
-    name, path = job
+def _work(job: tuple[Callable, str, Path]) -> dict:
+    function, name, path = job
     signal.alarm(SECONDS)
     try:
-        outcome, reason = survey(path)
+        return dict(name=name, **function(path))
+    except TimeoutError as error:
+        return dict(name=name, outcome="not tried", reason=str(error))
     finally:
         signal.alarm(0)
-    return dict(config=name, outcome=outcome, reason=reason)
 
 
-def run(jobs: dict[str, Path], results: Path, processes: int) -> list[dict]:
-    """The result of every job, those that `results` holds already included."""
+def run(function: Callable, jobs: dict[str, Path], results: Path, processes: int) -> dict[str, dict]:
+    """The result of `function` for every named job; those that the file `results` holds are not run again."""
     results.parent.mkdir(parents=True, exist_ok=True)
     done = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
-    rest = [job for job in jobs.items() if job[0] not in {result["config"] for result in done}]
+    known = {result["name"] for result in done}
+    rest = [(function, name, path) for name, path in jobs.items() if name not in known]
     context = multiprocessing.get_context("spawn")
-    with results.open("a") as file, context.Pool(processes, _start_worker, maxtasksperchild=50) as pool:
-        for result in tqdm(pool.imap_unordered(_survey, rest), total=len(rest), unit="config"):
+    with results.open("a") as file, context.Pool(processes, _start_worker, maxtasksperchild=100) as pool:
+        for result in tqdm(pool.imap_unordered(_work, rest), total=len(rest), desc=function.__name__):
             file.write(json.dumps(result) + "\n")
             file.flush()
             done.append(result)
-    return [result for result in done if result["config"] in jobs]
+    return {result["name"]: result for result in done if result["name"] in jobs}
 
 
 def table(results: list[dict]) -> Iterator[str]:
@@ -227,7 +257,10 @@ def main() -> None:
             name = f"{package}::{path.as_posix().split('/.mim/configs/')[1]}"
             if args.only in name:
                 jobs[name] = path
-    results = run(jobs, args.out / "results.jsonl", args.processes)
+    swapped = run(model_key, jobs, args.out / "swapped.jsonl", args.processes)
+    unique = {result["key"]: jobs[name] for name, result in reversed(swapped.items()) if "key" in result}
+    outcomes = run(outcome, unique, args.out / "outcomes.jsonl", args.processes)
+    results = [{**result, **outcomes.get(result.get("key"), {}), "config": name} for name, result in swapped.items()]
     text = "\n".join(table(results)) + "\n"
     if args.table:
         args.table.write_text(text)
