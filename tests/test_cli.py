@@ -1,6 +1,5 @@
 """What the command lines tell their user, without starting them."""
 
-import argparse
 import io
 import json
 
@@ -11,7 +10,16 @@ from mmengine.registry import MODELS
 from PIL import Image
 
 from tic_backbone import TiC
-from tic_backbone.cli import BadInput, LoadImageFromFile, check_data, data_files, explain, is_truncated, read_config
+from tic_backbone.cli import (
+    BadInput,
+    LoadImageFromFile,
+    argument_parser,
+    check_data,
+    data_files,
+    explain,
+    is_truncated,
+    read_config,
+)
 
 
 @pytest.mark.parametrize("kind", ["jpeg", "png"])
@@ -89,8 +97,25 @@ def test_only_the_users_errors_lose_their_traceback():
 @pytest.mark.parametrize("path", ["mmdet::retinanet/retinanet_r50_fpn_1x_coco.py", "configs/tic_retinanet.py"])
 def test_configs_are_found_by_path_and_in_packages(path, monkeypatch, root):
     monkeypatch.chdir(root)
-    args = argparse.Namespace(config=path, cfg_options=None, launcher="none", work_dir=None, local_rank=0)
-    assert read_config(args).model.type == "RetinaNet"
+    assert read_config(arguments(path)).model.type == "RetinaNet"
+
+
+def arguments(config, *options):
+    return argument_parser("").parse_args([config, *options])
+
+
+def test_another_backbone_comes_before_the_options():
+    config = "mmdet::retinanet/retinanet_r50_fpn_1x_coco.py"
+    cfg = read_config(arguments(config, "--backbone", "tic_nano", "--cfg-options", "model.backbone.drop_path_rate=0.1"))
+    assert cfg.model.backbone == dict(type="TiC", arch="nano", out_indices=(1, 2, 3), drop_path_rate=0.1)
+    assert cfg.work_dir == "work_dirs/retinanet_r50_fpn_1x_coco_tic_nano"
+    with pytest.raises(ValueError, match=r"'resnet'.*tic_nano"):
+        read_config(arguments(config, "--backbone", "resnet"))
+
+
+def test_impossible_options_are_named(root):
+    with pytest.raises(BadInput, match=r"model\.backbone\.arch\.x"):
+        read_config(arguments(f"{root}/configs/tic_retinanet.py", "--cfg-options", "model.backbone.arch.x=1"))
 
 
 def test_bases_in_mmseg_are_found(tmp_path):

@@ -12,7 +12,7 @@ from mmengine.model import BaseModule
 from mmengine.registry import MODELS
 
 import tic_backbone
-from tic_backbone.openmmlab import read_mm_checkpoint
+from tic_backbone.openmmlab import load_pretrained, read_mm_checkpoint
 
 SMALL = dict(channels=(16, 32, 48, 64), depths=(1, 1, 1, 1), head_dim=16, kernel_size=3)
 
@@ -54,6 +54,26 @@ def test_pretrained_of_a_whole_training_state_loads(tmp_path):
     model = build(init_cfg=dict(type="Pretrained", checkpoint=str(tmp_path / "w.pth")))
     model.init_weights()
     assert torch.equal(model.stem[0].weight, source.stem[0].weight)
+
+
+@pytest.mark.parametrize("prefix", ["", "backbone.", "module.detector.backbone."])
+def test_pretrained_finds_its_prefix(tmp_path, prefix):
+    source = build()
+    torch.save({prefix + name: value for name, value in source.state_dict().items()}, tmp_path / "w.pth")
+    report = load_pretrained(model := build(), str(tmp_path / "w.pth"))
+    assert report.matched == 1 and not report.unexpected
+    assert torch.equal(model.stem[0].weight, source.stem[0].weight)
+
+
+def test_pretrained_of_a_part_must_be_asked_for(tmp_path):
+    part = {name: value + 1 for name, value in build().state_dict().items() if name.startswith("stages.0.")}
+    torch.save(part, tmp_path / "w.pth")
+    cfg = dict(type="Pretrained", checkpoint=str(tmp_path / "w.pth"))
+    with pytest.raises(ValueError, match="at least 90% must match"):
+        build(init_cfg=cfg).init_weights()
+    model = build(init_cfg=dict(cfg, min_matched=0))
+    model.init_weights()
+    assert all(torch.equal(model.state_dict()[name], value) for name, value in part.items())
 
 
 @pytest.mark.parametrize("content", [{}, {"layer1.weight": torch.zeros(3)}])
@@ -108,3 +128,19 @@ def test_init_weights_keeps_random_weights_without_init_cfg():
     before = model.stem[0].weight.clone()
     model.init_weights()
     assert torch.equal(model.stem[0].weight, before)
+
+
+def test_layers_are_stem_blocks_and_the_rest():
+    model = MODELS.build(dict(type="TiC", arch="nano", depths=(1, 2, 1, 1)))
+    depth = {name: model.get_layer_depth(f"backbone.{name}", "backbone.") for name in model.state_dict()}
+    assert {total for _, total in depth.values()} == {7}
+    layers = {name: layer for name, (layer, _) in depth.items()}
+    assert [*layers.values()] == sorted(layers.values()) and {*layers.values()} == {*range(7)}
+    assert {layer for name, layer in layers.items() if name.startswith("stages.1.")} == {2, 3}
+    assert {layer for name, layer in layers.items() if name.startswith("stages.1.0.")} == {2}
+    assert model.get_layer_depth("head.fc.weight", "backbone.") == (6, 7)
+
+
+def test_maps_are_what_mmcvs_operators_take():
+    """Deformable convolutions refuse channels-last memory."""
+    assert all(out.is_contiguous() for out in build()(torch.randn(2, 3, 64, 64)))

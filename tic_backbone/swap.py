@@ -68,7 +68,7 @@ def swap_backbone(cfg: Config, variant: str, **fields) -> Config:
     changes = _Changes()
     if "decode_head" in owner:
         stages = _rewire_segmentor(cfg, owner, arch, changes)
-    elif _name(owner) in CONTRASTIVE or "head" in owner:
+    elif cfg.get("default_scope") == "mmpretrain" or _name(owner) == "BaseReID":
         stages = _rewire_classifier(owner, arch, changes)
     else:
         stages = _rewire_detector(cfg, owner, arch, changes)
@@ -139,7 +139,7 @@ def _maps(cfg: Config, owner: dict) -> list[Map]:
     part = copy.deepcopy(owner.backbone)
     part.init_cfg = None
     if part.get("pretrained"):
-        part.pretrained = None
+        part.pretrained = False if part.pretrained is True else None
     try:
         with DefaultScope.overwrite_default_scope(cfg.get("default_scope")), torch.random.fork_rng(), torch.no_grad():
             backbone = MODELS.build(part)
@@ -238,8 +238,10 @@ def _rewire_segmentor(cfg: Config, owner: dict, arch: str, changes: _Changes) ->
         )
         if _name(neck[0]) == "JPU":  # hands all maps but the last on to the heads
             for head in heads:
-                if head.in_index < len(maps) - 1:
-                    changes.set(head, "in_channels", new[head.in_index], _name(head))
+                several = not isinstance(head.in_channels, int)
+                widths = zip(_indices(head, len(maps)), head.in_channels if several else [head.in_channels])
+                widths = [new[i] if i < len(maps) - 1 else width for i, width in widths]
+                changes.set(head, "in_channels", widths if several else widths[0], _name(head))
         return stages
     read = [_indices(head, len(maps)) for head in heads]
     used = sorted({i for indices in read for i in indices} | {0 for head in heads if "c1_in_channels" in head})

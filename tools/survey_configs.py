@@ -64,6 +64,8 @@ def prepare(path: Path) -> tuple[Config | None, str, str]:
         return swap_backbone(cfg, "tic_nano", depths=(1, 1, 1, 1)), "", ""
     except ValueError as error:
         return None, "refused", _line(error)
+    except Exception as error:
+        return None, "failed", _reason(error)
 
 
 def model_key(path: Path) -> dict:
