@@ -25,6 +25,7 @@ CANNOT = {  # parts of a model that know more of their backbone than its maps
     "MultiLevelNeck": "its neck MultiLevelNeck makes a pyramid of a plain ViT's single map",
     "MLANeck": "its neck MLANeck sums maps of a plain ViT, which have one size",
     "DPTHead": "its head DPTHead reads the class token of a plain ViT",
+    "LRASPPHead": "its head LRASPPHead pools windows of 49 tokens, more than TiC's deepest map has in usual crops",
     "PIDHead": "its head PIDHead reads the three branches of PIDNet",
     "DDRHead": "its head DDRHead reads the branches of DDRNet",
 }
@@ -43,6 +44,9 @@ class Map(NamedTuple):
 
     channels: int
     stride: int
+
+
+_SEEN: dict[str, list[Map]] = {}  # by config of the backbone, which takes seconds to run
 
 
 def swap_backbone(cfg: Config, variant: str, **fields) -> Config:
@@ -68,7 +72,7 @@ def swap_backbone(cfg: Config, variant: str, **fields) -> Config:
     changes = _Changes()
     if "decode_head" in owner:
         stages = _rewire_segmentor(cfg, owner, arch, changes)
-    elif cfg.get("default_scope") == "mmpretrain" or _name(owner) == "BaseReID":
+    elif cfg.get("default_scope") == "mmpretrain" or _name(owner) in ("ImageClassifier", "BaseReID"):
         stages = _rewire_classifier(owner, arch, changes)
     else:
         stages = _rewire_detector(cfg, owner, arch, changes)
@@ -136,6 +140,9 @@ def _parts(owner: dict) -> Iterator[dict]:
 
 def _maps(cfg: Config, owner: dict) -> list[Map]:
     """The maps of the old backbone, from an image of 256 x 256."""
+    key = repr((cfg.get("default_scope"), owner.backbone))
+    if key in _SEEN:
+        return _SEEN[key]
     part = copy.deepcopy(owner.backbone)
     part.init_cfg = None
     if part.get("pretrained"):
@@ -145,7 +152,8 @@ def _maps(cfg: Config, owner: dict) -> list[Map]:
             backbone = MODELS.build(part)
             backbone.eval()
             shapes = [tuple(out.shape) for out in backbone(torch.zeros(1, part.get("in_channels", 3), 256, 256))]
-        return [Map(channels, round(256 / height)) for _, channels, height, _ in shapes]
+        _SEEN[key] = [Map(channels, round(256 / height)) for _, channels, height, _ in shapes]
+        return _SEEN[key]
     except Exception as error:
         raise ValueError(
             f"TiC cannot take the place of {_name(part)}, whose maps could not be found out by running it: "
@@ -176,15 +184,13 @@ def _translate(value, old: Sequence[int], new: Sequence[int], where: str):
     for step in (1, -1):
         if isinstance(value, (list, tuple)) and list(value) == list(old)[::step]:
             return type(value)(new[::step])
-    raise ValueError(
-        f"TiC can take no place here: {where}={value} are not the channels {list(old)} of the backbone's maps"
-    )
+    raise ValueError(f"TiC can take no place here: {where}={value} are not the channels {list(old)} of the old maps")
 
 
 def _rewire_detector(cfg: Config, owner: dict, arch: str, changes: _Changes) -> list[int]:
     if "shared_head" in (owner.get("roi_head") or {}):
         raise ValueError(
-            f"TiC cannot take the place of {_name(owner.backbone)} here: roi_head.shared_head is that network's last stage"
+            f"TiC cannot take the place of {_name(owner.backbone)} here: roi_head.shared_head is its last stage"
         )
     maps = _maps(cfg, owner)
     channels, stages = [m.channels for m in maps], _stages(maps, range(len(maps)), owner.backbone)
@@ -228,7 +234,11 @@ def _readers(part, channels: list[int], where: str = "") -> Iterator[tuple[str, 
 
 def _rewire_segmentor(cfg: Config, owner: dict, arch: str, changes: _Changes) -> list[int]:
     maps = _maps(cfg, owner)
-    old, heads = [m.channels for m in maps], [*_list(owner.decode_head), *_list(owner.get("auxiliary_head"))]
+    old, main = (
+        [m.channels for m in maps],
+        [head.get("kernel_generate_head", head) for head in _list(owner.decode_head)],
+    )
+    heads = [*main, *_list(owner.get("auxiliary_head"))]
     neck = _list(owner.get("neck"))
     if neck:
         stages = _stages(maps, range(len(maps)), owner.backbone)
@@ -245,10 +255,10 @@ def _rewire_segmentor(cfg: Config, owner: dict, arch: str, changes: _Changes) ->
         return stages
     read = [_indices(head, len(maps)) for head in heads]
     used = sorted({i for indices in read for i in indices} | {0 for head in heads if "c1_in_channels" in head})
-    if used[-1] not in read[len(_list(owner.decode_head)) - 1]:
+    if used[-1] not in read[len(main) - 1]:
         raise ValueError(
-            f"TiC cannot take the place of {_name(owner.backbone)} here: the main head reads a branch of its own, not the "
-            "deepest map"
+            f"TiC cannot take the place of {_name(owner.backbone)} here: the main head reads a branch of its own, not "
+            "the deepest map"
         )
     stages = _stages(maps, used, owner.backbone)
     new = {i: VARIANTS[arch].channels[s] for i, s in zip(used, stages)}
@@ -282,16 +292,19 @@ def _rewire_classifier(owner: dict, arch: str, changes: _Changes) -> list[int]:
         return [3]
     if _name(owner) not in ("ImageClassifier", "BaseReID"):
         raise ValueError(
-            f"TiC cannot take the place of {_name(owner.backbone)} here: {_name(owner)} is not a learner that takes any "
-            "backbone's map of a whole image"
+            f"TiC cannot take the place of {_name(owner.backbone)} here: {_name(owner)} trains a backbone of its own "
+            "kind, that is shown parts of an image"
         )
-    head = owner.head
+    head = owner.get("head")
+    if not head:  # gives features
+        return [3]
     if _name(head) == "CSRAClsHead":  # reads the map itself
         changes.set(head, "in_channels", channels, "head")
         return [3]
     kept = []
     for neck in _list(owner.get("neck")):
         if _name(neck) in POOLINGS:
+            changes.drop(neck, "dim", "neck.")  # other than of maps
             kept.append(neck)
         elif _name(neck) == "ClsBatchNormNeck":
             changes.set(neck, "input_features", channels, "neck")
@@ -306,7 +319,8 @@ def _rewire_classifier(owner: dict, arch: str, changes: _Changes) -> list[int]:
         changes.set(owner, "neck", kept, "model")
     if _name(head) not in CLASSIFIERS:
         classes = head.get("num_classes", owner.backbone.get("num_classes", 1000))
-        plain = dict(type="LinearClsHead", num_classes=classes, in_channels=channels)
+        kind = "MultiLabelLinearClsHead" if _name(head).startswith("MultiLabel") else "LinearClsHead"
+        plain = dict(type=kind, num_classes=classes, in_channels=channels)
         changes.set(owner, "head", plain | {k: head[k] for k in ("loss", "topk", "cal_acc") if k in head}, "model")
     changes.set(owner["head"], "in_channels", channels, "head")
     return [3]
@@ -323,11 +337,11 @@ def _clean_optimizer(cfg: Config, backbone: TiC, changes: _Changes) -> None:
     """Take out what an optimizer knows of the old backbone's layers."""
     wrapper = cfg.get("optim_wrapper") or {}
     rules = wrapper.get("paramwise_cfg") or {}
-    if "Layer" in wrapper.get("constructor", "") or "LearningRateDecay" in wrapper.get("constructor", ""):
-        if cfg.get("default_scope") != "mmpretrain":  # whose constructor asks the backbone for its layers
-            changes.drop(wrapper, "constructor", "optim_wrapper.")
-            for key in ("decay_rate", "decay_type", "num_layers", "layer_decay_rate"):
-                changes.drop(rules, key, "optim_wrapper.paramwise_cfg.")
+    layerwise = {"decay_rate", "decay_type", "num_layers"} & {*rules}  # mmpretrain's asks the backbone for its layers
+    if layerwise:
+        changes.drop(wrapper, "constructor", "optim_wrapper.")
+        for key in layerwise:
+            changes.drop(rules, key, "optim_wrapper.paramwise_cfg.")
     keys = rules.get("custom_keys") or {}
     layers = {key: keys[key] for key in keys if key.startswith("backbone.")}
     leftovers = [*layers, *(key for key in keys if any(name in key for name in OTHERS_PARAMETERS))]
@@ -345,5 +359,5 @@ def _clean_optimizer(cfg: Config, backbone: TiC, changes: _Changes) -> None:
             changes.set(rules, "norm_decay_mult", 0.0, "optim_wrapper.paramwise_cfg")
     if (wrapper.get("optimizer") or {}).get("type") == "SGD":
         changes.lines.append(
-            "optimizer: it stays SGD, where this project's configs have AdamW, lr=1e-4, weight_decay=0.05"
+            "optimizer: stays SGD, where this project's configs have AdamW, lr=1e-4, weight_decay=0.05"
         )

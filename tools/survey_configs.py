@@ -3,8 +3,8 @@
     python tools/survey_configs.py --out work_dirs/survey --table docs/swapped_configs.md
 
 Each config is read, its backbone swapped, the model built, and run forward and backward on two made-up images; every
-weight of TiC must get a gradient. TiC has one block a stage here, which changes nothing for necks and heads. Models that
-are equal after the swap run once. Results are kept in the output folder, and a survey that was stopped goes on.
+weight of TiC must get a gradient. TiC has one block a stage here, which changes nothing for necks and heads. Models
+that are equal after the swap run once. Results are kept in the output folder, and a survey that was stopped goes on.
 """
 
 import argparse
@@ -78,7 +78,7 @@ def model_key(path: Path) -> dict:
 
 
 def outcome(path: Path) -> dict:
-    """Whether the config at `path` learns a step with TiC. If it does not with its own backbone either, it was no try."""
+    """Whether the config at `path` learns a step with TiC; no try if it does not with its own backbone either."""
     try:
         learn(prepare(path)[0])
     except Exception as error:
@@ -86,7 +86,7 @@ def outcome(path: Path) -> dict:
         try:
             learn(Config.fromfile(path))
         except Exception as own:
-            return dict(outcome="not tried", reason=f"fails here with its own backbone too: {_reason(own)}")
+            return dict(outcome="not tried", reason=f"{reason}; its own backbone fails here too: {_reason(own)}")
         return dict(outcome="failed", reason=reason)
     return dict(outcome="served", reason="")
 
@@ -103,7 +103,7 @@ def _learn(cfg: Config) -> None:
     model = revert_sync_batchnorm(MODELS.build(cfg.model)).train()
     owner = model.detector if hasattr(model, "detector") else model
     inputs = SAMPLES[cfg.default_scope](cfg.model)
-    if cfg.default_scope != "mmpretrain":
+    if isinstance(inputs["inputs"][0], torch.ByteTensor):
         inputs = owner.data_preprocessor(inputs, True)
     loss, _ = model.parse_losses(model(**inputs, mode="loss"))
     loss.backward()
@@ -156,14 +156,17 @@ def classification(model: dict) -> dict:
     """A batch with labels; for learners without labels a list of views of each image."""
     from mmpretrain.structures import DataSample
 
-    images = torch.randn(2, model.backbone.get("in_channels", 3), SIDE, SIDE)
-    if model.type == "ImageClassifier":
-        multi = model.head.type.startswith(("MultiLabel", "CSRA"))
-        label = torch.eye(model.head.num_classes)[0] if multi else torch.tensor([0])
-        return dict(inputs=images, data_samples=[DataSample().set_gt_score(label) if multi else
-                                                 DataSample().set_gt_label(label) for _ in images])  # fmt: skip
-    views = [images + i for i in range(sum(model.get("num_crops", [8])) if model.type == "SwAV" else 2)]
-    return dict(inputs=views, data_samples=None)
+    size = (2, model.backbone.get("in_channels", 3), 224, 224)  # the only size of some other backbones
+    if model.type != "ImageClassifier":
+        views = sum(model.get("num_crops", [8])) if model.type == "SwAV" else 2
+        return dict(inputs=[torch.randn(size) for _ in range(views)], data_samples=None)
+    samples = [DataSample(), DataSample()]
+    for sample in samples:
+        if model.head.type.startswith(("MultiLabel", "CSRA")):
+            sample.set_gt_score(torch.eye(model.head.num_classes)[0])
+        else:
+            sample.set_gt_label(0)
+    return dict(inputs=[*torch.randint(0, 255, size, dtype=torch.uint8)], data_samples=samples)
 
 
 SAMPLES = dict(mmdet=detection, mmseg=segmentation, mmpretrain=classification)
@@ -218,8 +221,8 @@ def run(function: Callable, jobs: dict[str, Path], results: Path, processes: int
 def table(results: list[dict]) -> Iterator[str]:
     """The results as Markdown."""
     yield "# Which configs TiC can be swapped into\n"
-    yield "Made by `tools/survey_configs.py`, which swaps TiC into each config that the installed packages bring and runs"
-    yield "one step forward and backward. The packages' versions are in `requirements.txt`.\n"
+    yield "Made by `tools/survey_configs.py`, which swaps TiC into each config that the installed packages bring and"
+    yield "runs one step forward and backward. The packages' versions are in `requirements.txt`.\n"
     counts = defaultdict(Counter)
     for result in results:
         counts[result["config"].split("::")[0]][result["outcome"]] += 1
