@@ -2,10 +2,15 @@ PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 
+JOB ?= retinanet
+DATA_retinanet := trees
+DATA_classifier := digits
+DATA_segmentor := nuclei
+
 .PHONY: train test env data
 
-train: env data  ## train the default detector on real photos, or go on with it
-	$(PY) tools/train.py configs/tic_retinanet.py --resume $(ARGS)
+train: env data  ## train on real pictures, or go on with it: JOB=retinanet, classifier or segmentor
+	$(PY) tools/train.py configs/tic_$(JOB).py --resume $(ARGS)
 
 test: env  ## run all tests
 	$(PY) -m pytest $(ARGS)
@@ -14,4 +19,4 @@ env:  ## build .venv from pinned versions; nothing to do when it stands
 	@$(PYTHON) tools/make_env.py $(VENV)
 
 data: env
-	@$(PY) tools/prepare_trees.py
+	@$(PY) tools/prepare_$(DATA_$(JOB)).py

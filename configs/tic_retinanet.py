@@ -5,16 +5,17 @@ custom_imports = dict(imports=["tic_backbone.openmmlab"])
 prepare_data = "make data"
 
 norm = dict(type="GN", num_groups=16)  # from random weights, neck and head need norms too
-anchors = dict(type="AnchorGenerator", scales=[2, 2.6, 3.4, 4.5, 6], ratios=[1.0], strides=[8, 16, 32])  # round crowns
+crowns = dict(type="AnchorGenerator", scales=[2, 2.6, 3.4, 4.5, 6], ratios=[1.0], strides=[8, 16, 32])  # they are round
+boxes = dict(reg_decoded_bbox=True, loss_bbox=dict(_delete_=True, type="GIoULoss", loss_weight=2.0))
+head = dict(num_classes=1, in_channels=96, feat_channels=96, stacked_convs=2, norm_cfg=norm, **boxes)
 model = dict(
     backbone=dict(_delete_=True, type="TiC", arch="nano", out_indices=(1, 2, 3), drop_path_rate=0.05),
     neck=dict(in_channels=[64, 128, 256], out_channels=96, start_level=0, num_outs=3, norm_cfg=norm),
-    bbox_head=dict(num_classes=1, in_channels=96, feat_channels=96, stacked_convs=2, norm_cfg=norm, reg_decoded_bbox=True,
-                   anchor_generator=dict(_delete_=True, **anchors),
-                   loss_bbox=dict(_delete_=True, type="GIoULoss", loss_weight=2.0)),
-    test_cfg=dict(max_per_img=200, nms=dict(iou_threshold=0.4)))  # fmt: skip
+    bbox_head=dict(anchor_generator=dict(_delete_=True, **crowns), **head),
+    test_cfg=dict(max_per_img=200, nms=dict(iou_threshold=0.4)),
+)
 
-load = dict(type="LoadImageFromFile")
+load, own_size = dict(type="LoadImageFromFile"), dict(type="Resize", scale_factor=1.0, keep_ratio=True)
 train_pipeline = [
     load,
     dict(type="LoadAnnotations", with_bbox=True),
@@ -22,26 +23,21 @@ train_pipeline = [
     dict(type="RandomFlip", prob=[0.25, 0.25, 0.25], direction=["horizontal", "vertical", "diagonal"]),
     dict(type="PackDetInputs"),
 ]
-own_size = dict(type="Resize", scale_factor=1.0, keep_ratio=True)
 test_pipeline = [load, own_size, *_base_.test_pipeline[2:]]
-root, data = "data/neon_trees/", dict(data_root="data/neon_trees/", metainfo=dict(classes=("Tree",)), filter_cfg=None)
-for_split = dict(
-    train=dict(ann_file="annotations/train.json", data_prefix=dict(img="train/"), pipeline=train_pipeline, **data),
-    val=dict(ann_file="annotations/val.json", data_prefix=dict(img="val/"), pipeline=test_pipeline, **data),
-    test=dict(ann_file="annotations/test.json", data_prefix=dict(img="test/"), pipeline=test_pipeline, **data))
-train_dataloader = dict(batch_size=2, num_workers=1, dataset=for_split["train"])
-val_dataloader = dict(num_workers=1, dataset=for_split["val"])
-test_dataloader = dict(num_workers=1, dataset=for_split["test"])
-val_evaluator, test_evaluator = (dict(ann_file=f"{root}annotations/{split}.json") for split in ("val", "test"))
+data = dict(data_root="data/neon_trees/", metainfo=dict(classes=("Tree",)), filter_cfg=None)
+splits = ("train", "val", "test")
+train, val, test = (dict(ann_file=f"annotations/{s}.json", data_prefix=dict(img=f"{s}/"), **data) for s in splits)
+train_dataloader = dict(batch_size=2, num_workers=1, dataset=dict(pipeline=train_pipeline, **train))
+val_dataloader = dict(num_workers=1, dataset=dict(pipeline=test_pipeline, **val))
+test_dataloader = dict(num_workers=1, dataset=dict(pipeline=test_pipeline, **test))
+val_evaluator, test_evaluator = (dict(ann_file=split["data_root"] + split["ann_file"]) for split in (val, test))
 
-optim_wrapper = dict(
-    optimizer=dict(_delete_=True, type="AdamW", lr=7e-4, weight_decay=0.05),
-    clip_grad=dict(max_norm=5),
-)
+optimizer = dict(_delete_=True, type="AdamW", lr=7e-4, weight_decay=0.05)
+optim_wrapper = dict(optimizer=optimizer, clip_grad=dict(max_norm=5))
 train_cfg = dict(max_epochs=16, val_interval=2)
 param_scheduler = [
     dict(type="LinearLR", start_factor=0.01, by_epoch=False, begin=0, end=50),
     dict(type="CosineAnnealingLR", eta_min_ratio=0.01, begin=0, end=16, by_epoch=True, convert_to_iter_based=True),
 ]
-default_hooks = dict(
-    checkpoint=dict(max_keep_ckpts=2), logger=dict(interval=10), visualization=dict(draw=True, interval=1))  # fmt: skip
+draw = dict(draw=True, interval=1)
+default_hooks = dict(checkpoint=dict(max_keep_ckpts=2), logger=dict(interval=10), visualization=draw)

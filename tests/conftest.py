@@ -48,10 +48,11 @@ def on_folder(folder):
 
 
 def start(*args, **env):
-    """Start a command line of the project with one thread; text pipes."""
+    """Start a command line of the project with one thread, in a process group of its own; text pipes."""
     env = {**os.environ, "OMP_NUM_THREADS": "1", **env}
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     return subprocess.Popen(
-        [sys.executable, *map(str, args)], cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        [sys.executable, *map(str, args)], cwd=ROOT, env=env, text=True, start_new_session=True, **pipes
     )
 
 

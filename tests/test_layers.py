@@ -17,7 +17,9 @@ def test_output_size_is_the_convolutions(kernel, dilation, stride):
     assert msa(x).shape == conv(x).shape
 
 
-@pytest.mark.parametrize("kwargs", [{}, {"groups": 8}, {"groups": 2}, {"cyclic_shift": 3, "groups": 4}, {"inter_pool": 2}])
+@pytest.mark.parametrize(
+    "kwargs", [{}, {"groups": 8}, {"groups": 2}, {"cyclic_shift": 3, "groups": 4}, {"inter_pool": 2}]
+)
 @pytest.mark.parametrize("bias", [True, False])
 def test_every_parameter_learns(kwargs, bias):
     msa = MSAConv2d(4, 8, 3, bias=bias, **kwargs)
@@ -116,7 +118,8 @@ def test_pooling_before_the_projection_is_pooling_after_it():
 
 def test_channels_last_stays_channels_last():
     x = torch.randn(2, 8, 12, 12).contiguous(memory_format=torch.channels_last)
-    for layer in (MSAConv2d(8, 8, 3, groups=4), MSAConv2d(8, 8, 3, groups=4, cyclic_shift=2), MLP(8, 16), LayerNorm2d(8)):
+    shifted = MSAConv2d(8, 8, 3, groups=4, cyclic_shift=2)
+    for layer in (MSAConv2d(8, 8, 3, groups=4), shifted, MLP(8, 16), LayerNorm2d(8)):
         assert layer(x).is_contiguous(memory_format=torch.channels_last)
     assert cyclic_shift(x, 4, 2, 0).is_contiguous(memory_format=torch.channels_last)
 

@@ -28,7 +28,8 @@ def test_variants_announce_their_maps(name):
         model = TiC(name)
         maps = model(torch.empty(2, 3, 96, 64))
     assert model.out_strides == (4, 8, 16, 32)
-    assert [tuple(m.shape) for m in maps] == [(2, c, 96 // s, 64 // s) for c, s in zip(model.out_channels, model.out_strides)]
+    announced = zip(model.out_channels, model.out_strides)
+    assert [tuple(m.shape) for m in maps] == [(2, c, 96 // s, 64 // s) for c, s in announced]
 
 
 @pytest.mark.parametrize(("name", "millions"), [("nano", 3), ("tiny", 28), ("small", 50), ("base", 88)])

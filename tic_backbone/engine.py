@@ -79,9 +79,10 @@ def train(cfg: Config) -> None:
 def save_interrupted(runner: Runner, iterations: int) -> str:
     """Save all that --resume needs after `iterations` optimizer steps, and say so in a sentence.
 
-    On resuming, an epoch that had begun is begun again. Not to be called while validating, when averaged
+    On resuming, an epoch that had begun is begun again. To be called last, and not while validating, when averaged
     weights may stand in for the trained ones.
     """
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # or a data loader's dying worker would stop the saving
     path = Path(runner.work_dir, "interrupted.pth")
     part = path.with_suffix(".part")  # an earlier one stays whole until this one is
     runner.save_checkpoint(runner.work_dir, part.name, meta=dict(epoch=runner.epoch, iter=iterations))
@@ -104,13 +105,16 @@ class CurvesHook(Hook):
 
     def _draw(self, runner: Runner) -> None:
         if is_main_process():
-            curves = read_curves(sorted(Path(runner.work_dir).glob("*/vis_data/scalars.json")))
-            plot_curves(curves, Path(runner.work_dir, "curves.png"))
+            losses, metrics = read_curves(sorted(Path(runner.work_dir).glob("*/vis_data/scalars.json")))
+            plot_curves(losses, metrics, Path(runner.work_dir, "curves.png"))
 
 
-def read_curves(logs: list[Path]) -> dict[str, dict[int, float]]:
-    """Each logged scalar over its step. Where a resumed run repeats steps, the later log counts."""
-    curves: dict[str, dict[int, float]] = defaultdict(dict)
+Curves = dict[str, dict[int, float]]  # by name, over steps
+
+
+def read_curves(logs: list[Path]) -> tuple[Curves, Curves]:
+    """Training losses and validation metrics. Where a resumed run repeats steps, the later log counts."""
+    losses, metrics = defaultdict(dict), defaultdict(dict)
     for log in logs:
         for line in log.read_text().splitlines():
             try:
@@ -118,15 +122,16 @@ def read_curves(logs: list[Path]) -> dict[str, dict[int, float]]:
             except json.JSONDecodeError:  # the last line of a run that was killed
                 continue
             for name, value in record.items():
-                if isinstance(value, (int, float)) and "step" in record:
-                    curves[name][record["step"]] = value
-    return dict(curves)
+                if "iter" in record and "loss" in name:  # only training counts iterations
+                    losses[name][record["step"]] = value
+                elif "iter" not in record and name not in ("step", "time", "data_time"):
+                    metrics[name][record["step"]] = value
+    return dict(losses), dict(metrics)
 
 
-def plot_curves(curves: dict[str, dict[int, float]], path: Path) -> None:
-    """Losses over iterations on the left, validation metrics (whose names have a slash) over their steps on the right."""
-    losses = {name: curve for name, curve in curves.items() if "loss" in name and "/" not in name}
-    metrics = {name: curve for name, curve in curves.items() if "/" in name and min(curve.values()) >= 0}
+def plot_curves(losses: Curves, metrics: Curves, path: Path) -> None:
+    """Losses on the left, metrics on the right; pycocotools' -1 stands for none."""
+    metrics = {name: curve for name, curve in metrics.items() if min(curve.values()) >= 0}
     figure = Figure(figsize=(11, 4), layout="constrained")
     for axes, group, title in zip(figure.subplots(1, 2), (losses, metrics), ("training loss", "validation")):
         for name, curve in group.items():

@@ -1,4 +1,4 @@
-"""The parts of a TiC block. Every layer maps (N, C, H, W) to (N, C', H', W') and keeps channels-last memory as it is."""
+"""The parts of a TiC block. Each layer maps (N, C, H, W) to (N, C', H', W') and keeps channels-last memory."""
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +25,7 @@ def cyclic_shift(x: torch.Tensor, groups: int, length: int, turn: int) -> torch.
 
 
 def inter_pool(x: torch.Tensor, ratio: int) -> torch.Tensor:
-    """Average `ratio` x `ratio` cells: (N, C, ceil(H / r), ceil(W / r)). A cell over the border averages what it has."""
+    """Average cells of r x r tokens: (N, C, ceil(H / r), ceil(W / r)). A cell over the border averages what it has."""
     c, h, w = x.shape[1:]
     # A convolution with ones, since avg_pool2d would tie an exported graph to sides that r divides, or to those not.
     total = F.conv2d(F.pad(x, (0, ratio - 1, 0, ratio - 1)), x.new_ones(c, 1, ratio, ratio), stride=ratio, groups=c)
@@ -83,7 +83,7 @@ class MSAConv2d(nn.Module):
         if padding_mode != "zeros":
             raise ValueError(f"MSAConv2d pads with zeros only, got {padding_mode=}")
         if min(cyclic_shift, turn) < 0 or inter_pool < 1:
-            raise ValueError(f"need cyclic_shift >= 0, turn >= 0, inter_pool >= 1: {cyclic_shift=} {turn=} {inter_pool=}")
+            raise ValueError(f"need {cyclic_shift=} >= 0, {turn=} >= 0 and {inter_pool=} >= 1")
         choose_backend(backend)
         self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups
         self.kernel_size = odd_pair(kernel_size, "kernel_size")

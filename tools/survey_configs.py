@@ -60,6 +60,8 @@ def prepare(path: Path) -> tuple[Config | None, str, str]:
         return None, "no backbone", f"model of type {model.get('type')}"
     if "language_model" in model:
         return None, "not tried", "builds only with a language model's weights, which are downloaded"
+    if model.type == "ImageClassifier" and not model.get("head"):
+        return None, "not tried", "gives features, trains nothing"
     try:
         return swap_backbone(cfg, "tic_nano", depths=(1, 1, 1, 1)), "", ""
     except ValueError as error:
@@ -74,7 +76,7 @@ def model_key(path: Path) -> dict:
     if cfg is None:
         return dict(outcome=outcome, reason=reason)
     model = {key: value for key, value in cfg.model.items() if key not in ("data_preprocessor", "test_cfg")}
-    return dict(key=hashlib.sha1(repr((cfg.default_scope, model)).encode()).hexdigest())
+    return dict(key=hashlib.sha1(repr((cfg.get("default_scope"), model)).encode()).hexdigest())
 
 
 def outcome(path: Path) -> dict:
@@ -93,13 +95,15 @@ def outcome(path: Path) -> dict:
 
 def learn(cfg: Config) -> None:
     """One step forward and backward; an AssertionError if a weight of TiC gets no gradient."""
-    with DefaultScope.overwrite_default_scope(cfg.default_scope):
+    with DefaultScope.overwrite_default_scope(cfg.get("default_scope")):
         torch.manual_seed(0)
         _learn(cfg)
 
 
 def _learn(cfg: Config) -> None:
     cfg.model.setdefault("data_preprocessor", cfg.get("data_preprocessor"))  # as mmengine's runner does
+    if "size" in (cfg.model.data_preprocessor or {}):  # to which it would pad
+        cfg.model.data_preprocessor.size = (SIDE, SIDE)
     model = revert_sync_batchnorm(MODELS.build(cfg.model)).train()
     owner = model.detector if hasattr(model, "detector") else model
     inputs = SAMPLES[cfg.default_scope](cfg.model)
