@@ -1,7 +1,5 @@
 """msa_conv2d against loops that follow the definition word by word, and its backends against each other."""
 
-
-
 import pytest
 import torch
 from hypothesis import given, settings

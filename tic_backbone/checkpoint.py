@@ -1,12 +1,15 @@
 """Reading weights safely and loading them loudly: nothing is skipped without being named."""
 
+import hashlib
 import pickle
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlparse
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 
@@ -36,8 +39,9 @@ def read_checkpoint(path: str | Path, safe_globals: list = ()) -> dict[str, torc
     Files that hold a whole training state are entered at ``state_dict`` or ``model``.
 
     Args:
-        path: a ``torch.save`` file, or its http(s) address, which is kept in torch.hub's folder.
-        safe_globals: what else the file may name, see ``torch.serialization.safe_globals``.
+        path: a ``.safetensors`` file, which needs the package of that name, or a ``torch.save`` file under any other
+            name; or an http(s) address of either, which is fetched once and kept in torch.hub's folder.
+        safe_globals: what else a ``torch.save`` file may name, see ``torch.serialization.safe_globals``.
 
     Raises:
         ValueError: if this is not a checkpoint of tensors, or holds Python objects not known to be safe.
@@ -45,6 +49,12 @@ def read_checkpoint(path: str | Path, safe_globals: list = ()) -> dict[str, torc
     path = _download(path) if str(path).startswith(("http://", "https://")) else Path(path).expanduser()
     if not path.is_file():
         raise FileNotFoundError(f"there is no checkpoint at {path}")
+    if path.suffix == ".safetensors":
+        package = _safetensors(path)
+        try:
+            return package.torch.load_file(path)
+        except package.SafetensorError as error:
+            raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
     try:
         with torch.serialization.safe_globals(list(safe_globals)):
             content = torch.load(path, map_location="cpu", weights_only=True)
@@ -59,11 +69,37 @@ def read_checkpoint(path: str | Path, safe_globals: list = ()) -> dict[str, torc
     return dict(content)
 
 
+def write_checkpoint(weights: Mapping[str, torch.Tensor], path: str | Path) -> None:
+    """Write tensors by name, and nothing else, to a ``.safetensors`` or a ``.pth`` file."""
+    path = Path(path).expanduser()
+    # Copies, since a view would drag its whole storage into the file
+    weights = {name: value.detach().clone(memory_format=torch.contiguous_format) for name, value in weights.items()}
+    if path.suffix == ".safetensors":
+        _safetensors(path).torch.save_file(weights, path)
+    elif path.suffix == ".pth":
+        torch.save(weights, path)
+    else:
+        raise ValueError(f"weights are written as .safetensors or .pth, not as {path}")
+
+
+def _safetensors(path: Path):
+    try:
+        import safetensors.torch
+    except ImportError as error:
+        raise ValueError(f"{path} needs the package safetensors: pip install safetensors") from error
+    return safetensors
+
+
 def _download(address: str) -> Path:
-    path = Path(torch.hub.get_dir(), "checkpoints", Path(urlparse(address).path).name)
+    # A folder for each address: every other checkpoint of a hub is called model.safetensors
+    folder = Path(torch.hub.get_dir(), "checkpoints", hashlib.sha256(address.encode()).hexdigest()[:16])
+    path = folder / (Path(urlparse(address).path).name or "checkpoint")
     if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(address, str(path))  # writes a temporary file and moves it into place
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            torch.hub.download_url_to_file(address, str(path))  # writes a temporary file and moves it into place
+        except OSError as error:
+            raise ValueError(f"cannot fetch {address}: {error}") from error
     return path
 
 
@@ -95,3 +131,79 @@ def strip_prefix(weights: Mapping[str, torch.Tensor], prefix: str) -> dict[str, 
     if not part:
         raise ValueError(f"no weight is under {prefix=}; there are {sorted({n.split('.')[0] for n in weights})}")
     return part
+
+
+SWIN_TABLE = re.compile(r"(.*?)(?:layers|stages)[._]0\.blocks\.0\.attn\.(w_msa\.)?relative_position_bias_table")
+OPENMMLAB_SWIN = {"attn.w_msa.": "attn.", "ffn.layers.0.0.": "mlp.fc1.", "ffn.layers.1.": "mlp.fc2."}
+
+
+def from_swin(weights: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], list[str]]:
+    """What a Swin Transformer's weights are in a TiC of the same widths, depths and heads, and the names left over.
+
+    Known are the layouts of the original, of timm and of OpenMMLab, bare or under a prefix such as ``backbone.``.
+    A block's linear layers and norms, the norms of the outputs and a classifier map one to one. Downsampling becomes
+    four of the nine weights of TiC's convolution, which agrees where the four tokens that Swin joins have one mean and
+    one variance: Swin normalizes them together, TiC each by itself. Of the patch embedding only the norm maps, and
+    the position tables do not.
+
+    Raises:
+        ValueError: if this is no Swin Transformer, or one of version 2, whose attention and norms are others.
+    """
+    tables = [match for name in weights if (match := SWIN_TABLE.fullmatch(name))]
+    if len(tables) != 1:
+        roots = sorted({name.split(".")[0] for name in weights})
+        raise ValueError(f"need the weights of one Swin Transformer v1, not of {len(tables)}; there are {roots}")
+    prefix, openmmlab = tables[0].groups()
+    names = {name: _original_swin_name(name.removeprefix(prefix)) for name in weights if name.startswith(prefix)}
+    swin = {own: weights[name] for name, own in names.items()}
+    last = max(int(own.split(".")[1]) for own in swin if own.startswith("layers."))
+    opens_next = "layers.0.downsample.reduction.weight" in swin  # in timm a stage begins with its downsampling
+    tic: dict[str, torch.Tensor] = {}
+    left = [name for name in weights if name not in names]
+    for name, own in names.items():
+        value = weights[name]
+        match own.split("."):
+            case ["layers", i, "blocks", j, "attn", "qkv", kind]:
+                at = f"stages.{i}.{int(j) + 1}.attn"
+                tic[f"{at}.q.{kind}"], tic[f"{at}.kv.{kind}"] = value.tensor_split([len(value) // 3])
+            case ["layers", i, "blocks", j, ("norm1" | "norm2") as part, kind]:
+                tic[f"stages.{i}.{int(j) + 1}.{part}.{kind}"] = value
+            case ["layers", i, "blocks", j, ("attn" | "mlp") as part, ("proj" | "fc1" | "fc2") as layer, kind]:
+                tic[f"stages.{i}.{int(j) + 1}.{part}.{layer}.{kind}"] = value
+            case ["layers", i, "downsample", "reduction", "weight"]:
+                norm = [swin[f"layers.{i}.downsample.norm.{kind}"] for kind in ("weight", "bias")]
+                parts = _merging_as_convolution(value, *norm, channels_first=bool(openmmlab))
+                tic.update({f"stages.{int(i) + opens_next}.0.{part}": tensor for part, tensor in parts.items()})
+            case ["layers", _, "downsample", "norm", _]:
+                pass  # part of the convolution
+            case ["patch_embed", "norm", kind]:
+                tic[f"stem.4.{kind}"] = value
+            case ["norm", kind]:
+                tic[f"norms.{last}.{kind}"] = value
+            case [("norm0" | "norm1" | "norm2" | "norm3") as norm, kind]:
+                tic[f"norms.{norm[-1]}.{kind}"] = value
+            case ["head", kind] | ["head", "fc", kind]:
+                tic[f"head.fc.{kind}"] = value
+            case _:
+                left.append(name)
+    return tic, left
+
+
+def _original_swin_name(name: str) -> str:
+    name = re.sub(r"^(layers|stages)[._]", "layers.", name)
+    for theirs, original in OPENMMLAB_SWIN.items():
+        name = name.replace(theirs, original)
+    return name
+
+
+def _merging_as_convolution(reduction, norm_weight, norm_bias, *, channels_first: bool) -> dict[str, torch.Tensor]:
+    """Swin's PatchMerging in the names of TiC's downsampling: a norm that only normalizes, then a 3 x 3 convolution.
+
+    Its kernel covers tokens 2i - 1 to 2i + 1, Swin's pairs are 2i and 2i + 1: the first row and column stay zero.
+    OpenMMLab's columns are ordered (channel, row, column of the pair), the original's (column, row, channel).
+    """
+    c = reduction.shape[1] // 4
+    weight = reduction * norm_weight
+    weight = weight.unflatten(1, (c, 2, 2)) if channels_first else weight.unflatten(1, (2, 2, c)).permute(0, 3, 2, 1)
+    norm = {"0.weight": norm_weight.new_ones(c), "0.bias": norm_weight.new_zeros(c)}
+    return {**norm, "1.weight": F.pad(weight, (1, 0, 1, 0)), "1.bias": reduction @ norm_bias}

@@ -17,6 +17,8 @@ from tic_backbone.checkpoint import load_weights
 from tic_backbone.cli import BadInput
 from tic_backbone.openmmlab import read_mm_checkpoint
 
+PIECE, WHOLE = 1536, 2**16  # px a side of what is drawn at a time; matplotlib can draw no more than the latter
+
 
 class Tile(NamedTuple):
     """A part of an image that a model sees at once, and the part of it that counts: (left, top, right, bottom) in px.
@@ -29,7 +31,7 @@ class Tile(NamedTuple):
 
 
 def tiles(height: int, width: int, side: int, overlap: int) -> list[Tile]:
-    """Tiles of `side` px that cover an image, neighbours sharing at least `overlap`; an axis shorter than that is whole."""
+    """Tiles of `side` px that cover an image, neighbours sharing at least `overlap`; a shorter axis is not cut."""
 
     def spans(length: int) -> list[tuple[int, int, int, int]]:
         last = max(length - side, 0)
@@ -45,8 +47,15 @@ def tiles(height: int, width: int, side: int, overlap: int) -> list[Tile]:
     ]
 
 
+def part(image: np.ndarray | torch.Tensor, box: tuple[int, int, int, int]) -> np.ndarray | torch.Tensor:
+    """A view of what lies in `box` (left, top, right, bottom) of an (H, W, ...) image."""
+    return image[box[1] : box[3], box[0] : box[2]]
+
+
 class Predictor:
     """A trained model, and what its config says of reading and drawing images.
+
+    Predictions stay what the model's package makes of them, in px of the image they were asked for.
 
     Args:
         cfg: the config. Resizing and cropping in its test pipeline are left out unless asked for.
@@ -82,7 +91,7 @@ class Predictor:
             self.model = MODELS.build(cfg.model)
             load, *steps = pipeline(cfg, size, config_size)
             self.load, self.prepare = TRANSFORMS.build(load), Compose([TRANSFORMS.build(step) for step in steps])
-            self.visualizer = VISUALIZERS.build(dict(cfg.visualizer, vis_backends=None))
+            self.visualizer = VISUALIZERS.build(dict(cfg.visualizer, name="infer", vis_backends=None))
             self.visualizer.dataset_meta = self.meta = self.complete(dataset_meta(cfg, checkpoint))
         report = load_weights(self.model, weights)
         if report.missing or report.mismatched:
@@ -105,8 +114,7 @@ class Predictor:
         cut = tiles(*image.shape[:2], self.tile, self.overlap) if self.tile else []
         if len(cut) < 2:
             return self.predict_whole(image)
-        parts = ((tile, self.predict_whole(image[tile.view[1] : tile.view[3], tile.view[0] : tile.view[2]])) for tile in cut)
-        return self.merge(parts, *image.shape[:2])
+        return self.merge(((tile, self.predict_whole(part(image, tile.view))) for tile in cut), *image.shape[:2])
 
     @torch.no_grad()
     def predict_whole(self, image: np.ndarray) -> BaseDataElement:
@@ -129,12 +137,26 @@ class Predictor:
 
     def draw(self, image: np.ndarray, sample: BaseDataElement) -> np.ndarray:
         """The image with its prediction drawn over it, of the same size, BGR."""
-        rgb = np.broadcast_to(image.reshape(*image.shape[:2], -1), (*image.shape[:2], 3))[..., ::-1]
-        self.paint(rgb.astype(np.uint8), sample)
-        return self.visualizer.get_image()[..., ::-1]
+        rgb = np.broadcast_to(image.reshape(*image.shape[:2], -1)[..., ::-1], (*image.shape[:2], 3)).astype(np.uint8)
+        drawn = np.empty_like(rgb)
+        side = self.drawn_side(sample)
+        for view, own in tiles(*image.shape[:2], side, side // 3):
+            self.paint(part(rgb, view), self.crop(sample, view))
+            inner = (own[0] - view[0], own[1] - view[1], own[2] - view[0], own[3] - view[1])
+            part(drawn, own)[:] = part(self.visualizer.get_image(), inner)
+        return drawn[..., ::-1]
+
+    def drawn_side(self, sample: BaseDataElement) -> int:
+        """Side in px of the pieces that are drawn at a time: matplotlib takes over 100 bytes for each pixel."""
+        return PIECE
 
     def paint(self, rgb: np.ndarray, sample: BaseDataElement) -> None:
+        """Have the visualizer draw a prediction over an image."""
         raise NotImplementedError
+
+    def crop(self, sample: BaseDataElement, view: tuple[int, int, int, int]) -> BaseDataElement:
+        """What of a prediction is to be drawn in a piece of the image."""
+        return sample
 
     def class_map(self, sample: BaseDataElement) -> Image.Image | None:
         """The class of each pixel, where the model tells."""
@@ -156,38 +178,37 @@ class Detector(Predictor):
 
             found.bboxes = mask2bbox(found.masks)
         found.bboxes = found.bboxes.clamp(found.bboxes.new_zeros(4), found.bboxes.new_tensor([width, height] * 2))
+        found.offset = found.labels.new_zeros(len(found), 2)  # of a mask's first pixel in the image
         sample.pred_instances = found
         return sample
 
     def merge(self, parts: Iterable[tuple[Tile, BaseDataElement]], height: int, width: int) -> BaseDataElement:
         """Each box comes from the tile in whose own part its centre lies, so not from one that cuts it.
 
-        Up to a tenth of its size beyond that part it stays too, lest both tiles leave it to the other: between those the
-        config's NMS decides. What is larger than the overlap may still come in pieces.
+        Up to a tenth of its size beyond that part it stays too, lest both tiles leave it to the other: between those
+        the config's NMS decides. What is larger than the overlap may still come in pieces.
         """
-        for i, (tile, sample) in enumerate(parts):
+        kept = []
+        for tile, sample in parts:
             found = sample.pred_instances
-            found.offset = torch.tensor([tile.view[:2]]).expand(len(found), 2)
+            found.offset = found.offset + torch.tensor(tile.view[:2])
             found.bboxes = found.bboxes + found.offset.repeat(1, 2)
             centre, slack = found.bboxes.reshape(-1, 2, 2).mean(1), (found.bboxes[:, 2:] - found.bboxes[:, :2]) / 10
             left_top, right_bottom = torch.tensor(tile.own).reshape(2, 2)
-            found = found[((centre >= left_top - slack) & (centre <= right_bottom + slack)).all(1)]
-            merged = InstanceData.cat([merged, found]) if i else found
+            kept.append(found[((centre >= left_top - slack) & (centre <= right_bottom + slack)).all(1)])
+        merged = InstanceData.cat(kept)
         if len(merged):
-            dets, kept = batched_nms(merged.bboxes, merged.scores, merged.labels, self.nms())
-            merged = merged[kept]
-            merged.scores = dets[:, -1]  # soft NMS lowers them
-        if "masks" in merged:
-            whole = torch.zeros(len(merged), height, width, dtype=torch.bool)
-            for canvas, mask, (x, y) in zip(whole, merged.masks, merged.offset.tolist()):
-                canvas[y : y + mask.shape[0], x : x + mask.shape[1]] = mask
-            merged.masks = whole
+            boxes, order = batched_nms(merged.bboxes, merged.scores, merged.labels, self.nms())
+            merged = merged[order]
+            merged.scores = boxes[:, -1]  # soft NMS lowers them
         sample.pred_instances = merged
+        sample.set_metainfo(dict(ori_shape=(height, width)))
         return sample
 
     def nms(self) -> dict:
         """The config's suppression of the last stage's boxes; a plain one for models that need none in one image."""
-        return self.test_cfg.get("nms") or self.test_cfg.get("rcnn", {}).get("nms") or dict(type="nms", iou_threshold=0.5)
+        last = self.test_cfg.get("rcnn") or self.test_cfg
+        return last.get("nms") or dict(type="nms", iou_threshold=0.5)
 
     def describe(self, sample: BaseDataElement) -> list[dict]:
         from pycocotools.mask import encode  # mmdet's own requirement
@@ -198,13 +219,43 @@ class Detector(Predictor):
             for box, score, label in zip(found.bboxes.tolist(), found.scores.tolist(), found.labels.tolist())
         ]
         if "masks" in found:
-            for record, mask in zip(records, found.masks.numpy()):
-                rle = encode(np.asfortranarray(mask, np.uint8))
+            height, width = sample.ori_shape
+            for record, mask, offset in zip(records, found.masks, found.offset.tolist()):
+                rle = encode(np.asfortranarray(mask_within(mask, offset, (0, 0, width, height)), np.uint8))
                 record["mask"] = dict(size=rle["size"], counts=rle["counts"].decode())
         return records
 
+    def drawn_side(self, sample: BaseDataElement) -> int:
+        return WHOLE if "masks" in sample.pred_instances else PIECE  # mmdet draws masks in colours of chance
+
     def paint(self, rgb: np.ndarray, sample: BaseDataElement) -> None:
         self.visualizer.add_datasample("", rgb, sample, draw_gt=False, pred_score_thr=self.score_thr)
+
+    def crop(self, sample: BaseDataElement, view: tuple[int, int, int, int]) -> BaseDataElement:
+        (left_top, right_bottom), found = torch.tensor(view).reshape(2, 2), sample.pred_instances
+        found = found[((found.bboxes[:, :2] < right_bottom) & (found.bboxes[:, 2:] > left_top)).all(1)]
+        # Clipped: mmdet takes boxes of negative sum for none, and matplotlib shrinks a picture to show what is outside
+        corners = found.bboxes.reshape(-1, 2, 2).clamp(left_top, right_bottom) - left_top
+        found.bboxes = corners.reshape(-1, 4)
+        if "masks" in found:
+            masks = [mask_within(mask, offset, view) for mask, offset in zip(found.masks, found.offset.tolist())]
+            found.masks = (
+                torch.stack(masks) if masks else found.masks.new_zeros(0, view[3] - view[1], view[2] - view[0])
+            )
+        sample = sample.new()
+        sample.pred_instances = found
+        return sample
+
+
+def mask_within(mask: torch.Tensor, offset: tuple[int, int], view: tuple[int, int, int, int]) -> torch.Tensor:
+    """What a view of an image shows of a mask whose first pixel is at `offset` (x, y) in the image."""
+    (x, y), (height, width), (x0, y0, x1, y1) = offset, mask.shape, view
+    shown = mask.new_zeros(y1 - y0, x1 - x0)
+    left, top, right, bottom = max(x, x0), max(y, y0), min(x + width, x1), min(y + height, y1)
+    if left < right and top < bottom:
+        inner = part(mask, (left - x, top - y, right - x, bottom - y))
+        part(shown, (left - x0, top - y0, right - x0, bottom - y0))[:] = inner
+    return shown
 
 
 class Segmentor(Predictor):
@@ -223,23 +274,28 @@ class Segmentor(Predictor):
 
     def merge(self, parts: Iterable[tuple[Tile, BaseDataElement]], height: int, width: int) -> BaseDataElement:
         """Each pixel's class comes from the tile that has it in its own part, away from where the tile is cut."""
-        classes = torch.zeros(1, height, width, dtype=torch.int64)
-        for tile, sample in parts:
-            (x, y, *_), (left, top, right, bottom) = tile
-            part = sample.pred_sem_seg.data
-            classes[:, top:bottom, left:right] = part[:, top - y : bottom - y, left - x : right - x]
+        classes = torch.zeros(1, height, width, dtype=torch.int16)
+        for ((x, y, *_), (left, top, right, bottom)), sample in parts:
+            inner = (left - x, top - y, right - x, bottom - y)
+            part(classes[0], (left, top, right, bottom))[:] = part(sample.pred_sem_seg.data[0], inner)
         sample.pred_sem_seg = PixelData(data=classes)
         return sample
 
     def describe(self, sample: BaseDataElement) -> list[dict]:
         """Each class that was found, with its share of the pixels, the largest first."""
-        labels, counts = sample.pred_sem_seg.data.long().unique(return_counts=True)
-        shares = sorted(zip((counts / counts.sum()).tolist(), labels.tolist()), reverse=True)
-        return [dict(**self.named(label), share=round(share, 6)) for share, label in shares]
+        counts = sample.pred_sem_seg.data.flatten().long().bincount()
+        shares, labels = (counts / counts.sum()).sort(descending=True)
+        found = zip(shares.tolist(), labels.tolist())
+        return [dict(**self.named(label), share=round(share, 6)) for share, label in found if share > 0]
 
     def paint(self, rgb: np.ndarray, sample: BaseDataElement) -> None:
         # Without names: to place them, mmseg sorts a list of all pixels
         self.visualizer.add_datasample("", rgb, sample, draw_gt=False, with_labels=False)
+
+    def crop(self, sample: BaseDataElement, view: tuple[int, int, int, int]) -> BaseDataElement:
+        classes, sample = sample.pred_sem_seg.data, sample.new()
+        sample.pred_sem_seg = PixelData(data=part(classes[0], view)[None])
+        return sample
 
     def class_map(self, sample: BaseDataElement) -> Image.Image:
         classes = sample.pred_sem_seg.data[0].numpy()
@@ -262,6 +318,9 @@ class Classifier(Predictor):
         """The five likeliest classes, the likeliest first."""
         scores, labels = sample.pred_score.topk(min(5, len(sample.pred_score)))
         return [dict(score=round(s, 4), **self.named(label)) for s, label in zip(scores.tolist(), labels.tolist())]
+
+    def drawn_side(self, sample: BaseDataElement) -> int:
+        return WHOLE
 
     def paint(self, rgb: np.ndarray, sample: BaseDataElement) -> None:
         self.visualizer.visualize_cls(rgb, sample, draw_gt=False)

@@ -80,7 +80,9 @@ def _tile_numbers(n, axes, device):
     """Of every tile its image, and its number along each axis: three (tiles,)."""
     down, across = (axis.phases * axis.count for axis in axes)
     number = torch.arange(n * down * across, device=device)
-    return number // (down * across), number // across % down, number % across
+    row = number // across
+    image = row // down
+    return image, row - image * down, number - row * across  # no %, for which ONNX has no form with a traced divisor
 
 
 def _queries(tile, axis, stride):
