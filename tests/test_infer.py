@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 
 import cv2
 import numpy as np
@@ -204,6 +205,26 @@ def test_interrupted_keeps_what_is_done(predict, tmp_path, monkeypatch):
     assert code == 130 and [record["path"] for record in results] == ["photos/0.png"]
 
 
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [(AssertionError("no multiple of 32"), "--config-size.* no multiple of 32"), (MemoryError(), "a smaller --tile")],
+)
+def test_a_photo_too_much_for_the_model_is_named(error, line, predict, tmp_path, monkeypatch, capsys):
+    photo(tmp_path / "large.png", 60, 90)
+    photo(tmp_path / "small.png", 40, 40)
+    inner = infer.Predictor.predict_whole
+
+    def refuse(self, image):
+        if len(image) == 60:
+            raise error
+        return inner(self, image)
+
+    monkeypatch.setattr(infer.Predictor, "predict_whole", refuse)
+    code, results = predict("classifier", ["large.png", "small.png"])
+    assert code == 1 and [record["path"] for record in results] == ["small.png"]
+    assert re.search(f"error: large.png: .*{line}", capsys.readouterr().err)
+
+
 def test_wrong_input_is_told_in_a_line(predict, model, tmp_path):
     photo(tmp_path / "x.png", 40, 40)
     (tmp_path / "empty").mkdir()
@@ -287,6 +308,8 @@ class Oracle:
 class BoxOracle(Oracle):
     """The image's first channel holds the number of the object at each pixel, 0 for none."""
 
+    masks_alone = False  # boxes are all zero then, as SOLO's
+
     def test_step(self, data):
         image, sample = data["inputs"][0][0], data["data_samples"][0]
         labels = image.unique()
@@ -294,7 +317,7 @@ class BoxOracle(Oracle):
         masks = image == labels[:, None, None]
         boxes = [[*span(mask.any(0)), *span(mask.any(1))] for mask in masks]
         boxes = torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4)[:, [0, 2, 1, 3]]
-        scores = torch.full(labels.shape, 0.9)
+        boxes, scores = boxes * (not self.masks_alone), torch.full(labels.shape, 0.9)
         sample.pred_instances = InstanceData(bboxes=boxes, labels=labels, scores=scores, masks=masks)
         return [sample]
 
@@ -311,8 +334,10 @@ def span(inside):
     return places[0].item(), places[-1].item() + 1
 
 
-def test_objects_smaller_than_the_overlap_are_found_once_and_whole(model, monkeypatch):
+@pytest.mark.parametrize("masks_alone", [False, True])
+def test_objects_smaller_than_the_overlap_are_found_once_and_whole(masks_alone, model, monkeypatch):
     oracle, rng = BoxOracle("masks", model, monkeypatch), np.random.default_rng(0)
+    oracle.masks_alone = masks_alone
     image = np.zeros((230, 333, 3), np.uint8)
     truth = {}
     for label in range(1, 78):

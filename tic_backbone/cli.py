@@ -157,7 +157,7 @@ def _strict(load: Callable) -> Callable:
         except Exception as error:
             raise BadInput(f"cannot read the image {path}: {type(error).__name__} {error}") from error
         if os.path.isfile(path) and is_truncated(Path(path).read_bytes()):
-            raise BadInput(f"the image {path} is truncated: replace it, or take it out of the annotations")
+            raise BadInput(f"the image {path} is truncated: replace it or leave it out")
         return loaded
 
     return transform

@@ -11,7 +11,7 @@ dataset's colours) beside each photo's, and results.json, a list with for each i
     predictions   detection: bbox [x0, y0, x1, y1] in px of the input, score, label, class_name; mask as COCO's RLE
                   segmentation: label, class_name, share of the pixels, the largest share first
                   classification: label, class_name, score of the five likeliest classes
-    frames        in place of predictions for a video: a list of such lists
+    frames        in place of predictions for a video: a list of such lists (its picture, an mp4, has even sides)
 
 What cannot be predicted on is named on stderr and left out; the exit code is then 1. On Ctrl-C what is done is kept.
 """
@@ -128,6 +128,8 @@ def predict_video(predictor: Predictor, path: Path, picture: Path, results: list
     picture.parent.mkdir(parents=True, exist_ok=True)
     fps = video.get(cv2.CAP_PROP_FPS)
     drawn = cv2.VideoWriter(str(picture), cv2.VideoWriter_fourcc(*"mp4v"), fps if fps > 0 else 25, (width, height))
+    if not drawn.isOpened():
+        raise BadInput(f"cannot write the video {picture}")
     try:
         with tqdm(total=int(video.get(cv2.CAP_PROP_FRAME_COUNT)), unit="frame", leave=False, disable=None) as bar:
             while found:
@@ -143,9 +145,11 @@ def predict_video(predictor: Predictor, path: Path, picture: Path, results: list
 
 def reason(error: Exception, path: Path) -> str | None:
     """Why there is no prediction for a file, in a line that names it, or None if the file is not to blame."""
-    if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error):
         return f"{path}: not enough memory for it as a whole or in tiles so large: give a smaller --tile"
     line = explain(error, None)
+    if line is None and isinstance(error, (AssertionError, RuntimeError)):  # as of models for multiples of 32 px alone
+        line = f"not for this model in its own size, try --config-size: {type(error).__name__} {error}"
     return line if line is None or str(path) in line else f"{path}: {line}"
 
 
