@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: threads that spin starve each other's processes
 ROOT = Path(__file__).parents[1]
 
 

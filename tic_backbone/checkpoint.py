@@ -134,17 +134,26 @@ def strip_prefix(weights: Mapping[str, torch.Tensor], prefix: str) -> dict[str, 
 
 
 SWIN_TABLE = re.compile(r"(.*?)(?:layers|stages)[._]0\.blocks\.0\.attn\.(w_msa\.)?relative_position_bias_table")
-OPENMMLAB_SWIN = {"attn.w_msa.": "attn.", "ffn.layers.0.0.": "mlp.fc1.", "ffn.layers.1.": "mlp.fc2."}
+OPENMMLAB_SWIN = {
+    "patch_embed.projection.": "patch_embed.proj.",
+    "attn.w_msa.": "attn.",
+    "ffn.layers.0.0.": "mlp.fc1.",
+    "ffn.layers.1.": "mlp.fc2.",
+}
 
 
 def from_swin(weights: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], list[str]]:
     """What a Swin Transformer's weights are in a TiC of the same widths, depths and heads, and the names left over.
 
     Known are the layouts of the original, of timm and of OpenMMLab, bare or under a prefix such as ``backbone.``.
-    A block's linear layers and norms, the norms of the outputs and a classifier map one to one. Downsampling becomes
-    four of the nine weights of TiC's convolution, which agrees where the four tokens that Swin joins have one mean and
-    one variance: Swin normalizes them together, TiC each by itself. Of the patch embedding only the norm maps, and
-    the position tables do not.
+
+    * A block's linear layers and norms, the norms of the outputs and a classifier map one to one.
+    * Swin's blocks have no position convolution, so TiC's start at zero.
+    * Downsampling becomes four of the nine weights of TiC's convolution, which agrees where the four tokens that Swin
+      joins have one mean and one variance: Swin normalizes them together, TiC each by itself.
+    * The patch embedding becomes a stem that agrees to a few percent, if the stem's width is at least 8 times the
+      image's channels and 2 more, as it is in all of Swin's variants; else only its norm maps.
+    * The position tables have no place in TiC.
 
     Raises:
         ValueError: if this is no Swin Transformer, or one of version 2, whose attention and norms are others.
@@ -168,6 +177,8 @@ def from_swin(weights: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tens
                 tic[f"{at}.q.{kind}"], tic[f"{at}.kv.{kind}"] = value.tensor_split([len(value) // 3])
             case ["layers", i, "blocks", j, ("norm1" | "norm2") as part, kind]:
                 tic[f"stages.{i}.{int(j) + 1}.{part}.{kind}"] = value
+                position = (len(value), 1, 3, 3) if kind == "weight" else len(value)
+                tic[f"stages.{i}.{int(j) + 1}.pos.{kind}"] = value.new_zeros(position)
             case ["layers", i, "blocks", j, ("attn" | "mlp") as part, ("proj" | "fc1" | "fc2") as layer, kind]:
                 tic[f"stages.{i}.{int(j) + 1}.{part}.{layer}.{kind}"] = value
             case ["layers", i, "downsample", "reduction", "weight"]:
@@ -176,6 +187,10 @@ def from_swin(weights: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tens
                 tic.update({f"stages.{int(i) + opens_next}.0.{part}": tensor for part, tensor in parts.items()})
             case ["layers", _, "downsample", "norm", _]:
                 pass  # part of the convolution
+            case ["patch_embed", "proj", "weight"] if _fits_stem(value):
+                tic.update(_patches_as_stem(value, swin["patch_embed.proj.bias"]))
+            case ["patch_embed", "proj", "bias"] if _fits_stem(swin["patch_embed.proj.weight"]):
+                pass  # part of the stem
             case ["patch_embed", "norm", kind]:
                 tic[f"stem.4.{kind}"] = value
             case ["norm", kind]:
@@ -207,3 +222,35 @@ def _merging_as_convolution(reduction, norm_weight, norm_bias, *, channels_first
     weight = weight.unflatten(1, (c, 2, 2)) if channels_first else weight.unflatten(1, (2, 2, c)).permute(0, 3, 2, 1)
     norm = {"0.weight": norm_weight.new_ones(c), "0.bias": norm_weight.new_zeros(c)}
     return {**norm, "1.weight": F.pad(weight, (1, 0, 1, 0)), "1.bias": reduction @ norm_bias}
+
+
+def _fits_stem(patches: torch.Tensor) -> bool:
+    return patches.shape[2:] == (4, 4) and len(patches) // 2 >= 8 * patches.shape[1] + 2
+
+
+def _patches_as_stem(weight: torch.Tensor, bias: torch.Tensor) -> dict[str, torch.Tensor]:
+    """A 4 x 4 convolution of stride 4 in the names of TiC's stem: two 3 x 3 convolutions, a norm and GELU between.
+
+    The first convolution spreads 2 x 2 pixels over channels, each twice: as it is and negated. GELU(x) - GELU(-x) is x,
+    so that the second one is linear in the pixels. The norm between is nearly a constant factor, as the channels left
+    hold numbers that are large against normalized pixels; they differ for training to tell them apart.
+    """
+    out, colours = weight.shape[:2]
+    half, used = out // 2, 4 * colours
+    first = weight.new_zeros(half, colours, 3, 3)
+    first[:used, :, 1:, 1:] = torch.eye(used).to(weight).unflatten(1, (colours, 2, 2))
+    first[used : 2 * used] = -first[:used]
+    spare = (half - 2 * used) // 2  # of either sign, so that the mean is 0
+    large = torch.linspace(10, 20, spare).to(weight)
+    constants = torch.cat([large, -large, large.new_zeros(half % 2)])
+    scale = weight.new_ones(half)
+    scale[: 2 * used] = (constants.square().sum() / half).sqrt()
+    second = weight.new_zeros(out, half, 3, 3)
+    # (out, colour, 2 rows of 2, 2 columns of 2) to (out, (colour, row, column) in a cell, cell's row, cell's column)
+    patches = weight.unflatten(3, (2, 2)).unflatten(2, (2, 2)).permute(0, 1, 3, 5, 2, 4).flatten(1, 3)
+    second[:, :used, 1:, 1:], second[:, used : 2 * used, 1:, 1:] = patches, -patches
+    return {
+        **{"stem.0.weight": first, "stem.0.bias": torch.cat([weight.new_zeros(2 * used), constants])},
+        **{"stem.1.weight": scale, "stem.1.bias": weight.new_zeros(half)},
+        **{"stem.3.weight": second, "stem.3.bias": bias},
+    }

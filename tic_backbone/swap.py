@@ -281,7 +281,8 @@ def _rewire_segmentor(cfg: Config, owner: dict, arch: str, changes: _Changes) ->
 def _indices(head: dict, count: int) -> list[int]:
     """Which of `count` maps a head of mmseg reads through its ``in_index``; without one it reads the last, or all."""
     default = -1 if isinstance(head.in_channels, int) else range(count)
-    return [i % count for i in torch.tensor(head.get("in_index", default)).view(-1).tolist()]
+    indices = [i % count for i in torch.tensor(head.get("in_index", default)).view(-1).tolist()]
+    return indices[-1:] if _name(head) == "EncHead" and not head.get("add_lateral") else indices  # it names more
 
 
 def _rewire_classifier(owner: dict, arch: str, changes: _Changes) -> list[int]:
