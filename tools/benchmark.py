@@ -72,6 +72,10 @@ def main() -> None:
     if args.peak_of:
         print(peak(args))
         return
+    for name in BACKENDS:  # first, since a process inherits the peak of the one that starts it
+        command = [sys.executable, *sys.argv, "--peak-of", name]
+        out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        print(f"{'peak memory':20} {name:10} {float(out):8.0f} MB")
     qkv = inputs(args)
     for title, backward in (("forward", False), ("forward + backward", True)):
         times = seconds(args, qkv, backward)
@@ -81,10 +85,6 @@ def main() -> None:
                 f"{title:20} {name:10} median {1e3 * statistics.median(values):8.1f} ms   "
                 f"{statistics.median(ratios):5.1f} x the reference's speed ({min(ratios):.1f} to {max(ratios):.1f})"
             )
-    for name in BACKENDS:
-        command = [sys.executable, *sys.argv, "--peak-of", name]
-        out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        print(f"{'peak memory':20} {name:10} {float(out):8.0f} MB")
 
 
 if __name__ == "__main__":

@@ -42,7 +42,10 @@ OUTCOMES = {
     "no backbone": "the model has no backbone to swap",
     "not tried": "does not run here with its own backbone either",
     "failed": "swapped, but does not learn",
+    "pending": "not run yet: the survey was stopped before",
 }
+
+PENDING = dict(outcome="pending", reason="")
 
 
 def config_files(package: str) -> list[Path]:
@@ -279,7 +282,10 @@ def main() -> None:
     first = {result.get("key"): jobs[name] for name, result in reversed(swapped.items())}
     unique = {key: first[key] for key, _ in sharing}  # those that stand for most configs first
     outcomes = run(outcome, unique, args.out / "outcomes.jsonl", args.processes)
-    results = [{**result, **outcomes.get(result.get("key"), {}), "config": name} for name, result in swapped.items()]
+    results = [
+        {**(outcomes.get(result["key"], PENDING) if "key" in result else result), "config": name}
+        for name, result in swapped.items()
+    ]
     text = "\n".join(table(results)) + "\n"
     if args.table:
         args.table.write_text(text)
