@@ -4,7 +4,8 @@
 
 Each config is read, its backbone swapped, the model built, and run forward and backward on two made-up images; every
 weight of TiC must get a gradient. TiC has one block a stage here, which changes nothing for necks and heads. Models
-that are equal after the swap run once. Results are kept in the output folder, and a survey that was stopped goes on.
+that are equal after the swap run once. Results are kept in the output folder; a survey stopped by Ctrl-C writes its
+table all the same, and goes on when started again.
 """
 
 import argparse
@@ -18,6 +19,7 @@ import traceback
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -225,7 +227,11 @@ def run(function: Callable, jobs: dict[str, Path], results: Path, processes: int
     rest = [(function, name, path) for name, path in jobs.items() if name not in known]
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the workers, for operators that do not ask torch
     context = multiprocessing.get_context("spawn")
-    with results.open("a") as file, context.Pool(processes, _start_worker, maxtasksperchild=100) as pool:
+    with (
+        suppress(KeyboardInterrupt),
+        results.open("a") as file,
+        context.Pool(processes, _start_worker, maxtasksperchild=100) as pool,
+    ):
         for result in tqdm(pool.imap_unordered(_work, rest), total=len(rest), desc=function.__name__):
             file.write(json.dumps(result) + "\n")
             file.flush()
