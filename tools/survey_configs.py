@@ -14,6 +14,7 @@ import json
 import logging
 import multiprocessing
 import os
+import re
 import signal
 import traceback
 import warnings
@@ -189,7 +190,8 @@ SAMPLES = dict(mmdet=detection, mmseg=segmentation, mmpretrain=classification)
 
 
 def _line(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".removeprefix("ValueError: ").split())[:200]
+    line = " ".join(f"{type(error).__name__}: {error}".removeprefix("ValueError: ").split())
+    return re.sub(r"/\S*/", "", line)[:200]  # without this machine's folders
 
 
 def _reason(error: Exception) -> str:
