@@ -234,10 +234,8 @@ def _readers(part, channels: list[int], where: str = "") -> Iterator[tuple[str, 
 
 def _rewire_segmentor(cfg: Config, owner: dict, arch: str, changes: _Changes) -> list[int]:
     maps = _maps(cfg, owner)
-    old, main = (
-        [m.channels for m in maps],
-        [head.get("kernel_generate_head", head) for head in _list(owner.decode_head)],
-    )
+    old = [m.channels for m in maps]
+    main = [head.get("kernel_generate_head", head) for head in _list(owner.decode_head)]
     heads = [*main, *_list(owner.get("auxiliary_head"))]
     neck = _list(owner.get("neck"))
     if neck:

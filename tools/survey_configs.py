@@ -43,7 +43,7 @@ OUTCOMES = {
     "served": "learns a step with TiC",
     "refused": "`swap_backbone` says why it cannot",
     "no backbone": "the model has no backbone to swap",
-    "not tried": "does not run here with its own backbone either",
+    "not tried": "does not run here, on made-up images, with its own backbone either",
     "failed": "swapped, but does not learn",
     "pending": "not run yet: the survey was stopped before",
 }
@@ -120,6 +120,7 @@ def _learn(cfg: Config) -> None:
     if isinstance(inputs["inputs"][0], torch.ByteTensor):
         inputs = owner.data_preprocessor(inputs, True)
     loss, _ = model.parse_losses(model(**inputs, mode="loss"))
+    assert loss.isfinite(), f"the loss is {loss}"
     loss.backward()
     without = [name for name, p in owner.backbone.named_parameters() if p.requires_grad and p.grad is None]
     assert not without, f"no gradient for {without}"
