@@ -1,11 +1,22 @@
 """MSAConv2d beside the nn.Conv2d it replaces, and the two mechanisms by what they bring within reach."""
 
+from collections import Counter
+
 import pytest
 import torch
 from torch import nn
 
 from tic_backbone import MSAConv2d, msa_conv2d
-from tic_backbone.layers import DIRECTIONS, MLP, DropPath, LayerNorm2d, cyclic_shift, inter_pool
+from tic_backbone.layers import (
+    DIRECTIONS,
+    MLP,
+    DropPath,
+    LayerNorm2d,
+    PositionConv,
+    by_chunks,
+    cyclic_shifts,
+    inter_pool,
+)
 
 
 @pytest.mark.parametrize("stride", [1, 2, (1, 3)])
@@ -88,14 +99,14 @@ def test_shift_wraps_around_the_border():
 
 @pytest.mark.parametrize("groups", [1, 2, 3, 5, 8])
 def test_turns_use_every_direction_at_any_number_of_heads(groups):
-    x = torch.arange(81.0).reshape(1, 1, 9, 9).expand(1, groups, 9, 9)
-    first = {tuple(cyclic_shift(x, groups, 2, turn)[0, 0].flatten().tolist()) for turn in range(5)}
-    assert len(first) == len(DIRECTIONS)
+    assert {cyclic_shifts(groups, 2, turn)[0] for turn in range(5)} == {(2 * i, 2 * j) for i, j in DIRECTIONS}
 
 
-def test_shift_longer_than_the_map_wraps_again():
-    x = torch.randn(1, 5, 3, 4)
-    torch.testing.assert_close(cyclic_shift(x, 5, 13, 0), cyclic_shift(x, 5, 1, 0))
+@pytest.mark.parametrize("groups", [1, 3, 5, 8, 24])
+def test_heads_share_out_the_directions_evenly(groups):
+    counts = Counter(cyclic_shifts(groups, 1, 3))
+    assert sum(counts.values()) == groups and len(counts) == min(groups, 5)
+    assert max(counts.values()) - min(counts.values()) <= 1
 
 
 def test_pool_averages_real_tokens_only():
@@ -121,7 +132,33 @@ def test_channels_last_stays_channels_last():
     shifted = MSAConv2d(8, 8, 3, groups=4, cyclic_shift=2)
     for layer in (MSAConv2d(8, 8, 3, groups=4), shifted, MLP(8, 16), LayerNorm2d(8)):
         assert layer(x).is_contiguous(memory_format=torch.channels_last)
-    assert cyclic_shift(x, 4, 2, 0).is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("size", [(4, 4), (7, 6), (5, 9)])
+@pytest.mark.parametrize("ratio", [2, 3])
+def test_pooling_is_the_same_in_a_graph_for_all_sizes(size, ratio):
+    x = torch.randn(2, 4, *size)
+    compiled = torch.compile(lambda x: inter_pool(x, ratio), backend="eager", fullgraph=True, dynamic=True)
+    torch.testing.assert_close(compiled(x), inter_pool(x, ratio))
+
+
+def test_position_convolution_adds_to_its_input():
+    conv, x = PositionConv(6), torch.randn(2, 6, 5, 7)
+    expected = x + torch.nn.functional.conv2d(x, conv.weight, conv.bias, padding=1, groups=6)
+    torch.testing.assert_close(conv(x), expected)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_chunks_change_nothing(memory_format):
+    """More than one chunk, the last one not full; with gradients the whole goes through at once."""
+    mlp = MLP(8, 16)
+    x = torch.randn(2, 8, 50, 61).contiguous(memory_format=memory_format)
+    sizes = []
+    with torch.no_grad():
+        out = by_chunks(lambda t: sizes.append(t.numel() // 8) or t + mlp(t), x)
+    assert len(sizes) > 2 and sum(sizes) == 2 * 50 * 61
+    torch.testing.assert_close(out, x + mlp(x))
+    assert by_chunks(lambda t: sizes.append(0) or t + mlp(t), x).requires_grad and sizes.count(0) == 1
 
 
 def test_drop_path_keeps_the_mean_and_whole_samples():

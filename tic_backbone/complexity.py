@@ -1,8 +1,8 @@
 """What a TiC costs at an image size, by formula: ``python -m tic_backbone.complexity tiny 800 1344``.
 
-Counted are the multiply-accumulates of convolutions, linear layers, attention (scores and weighted sum over the
-whole window, also where it lies over the border) and of inter-pooling's averages. Norms, softmax, GELU and additions
-are not. The tiled backend computes more than this: scores that it then masks.
+Counted are the multiply-accumulates of convolutions, linear layers and attention (scores and weighted sum over the
+whole window, also where it lies over the border). Norms, softmax, GELU, averages and additions are not. The tiled
+backend computes more than this: scores that it then masks.
 """
 
 import argparse
@@ -41,7 +41,7 @@ def complexity(config: TiCConfig, height: int, width: int) -> list[Cost]:
         attention = depth * n * 2 * config.kernel_size**2 * c
         dense = 2 * c * c + 2 * c * hidden  # of a token in a block: q, the last projection, MLP
         macs += attention + depth * n * (9 * c + dense)
-        macs += (depth - pooled) * n * 2 * c * c + pooled * cells * (2 * c * c + 4 * c)
+        macs += (depth - pooled) * n * 2 * c * c + pooled * cells * 2 * c * c
         parameters += depth * (dense + 2 * c * c + 9 * c + 10 * c + hidden) + 2 * c * (i in config.out_indices)
         costs.append(Cost(f"stage {i}", parameters, macs, attention))
     total = (sum(getattr(cost, name) for cost in costs) for name in ("parameters", "macs", "attention"))

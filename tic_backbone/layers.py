@@ -1,36 +1,53 @@
 """The parts of a TiC block. Each layer maps (N, C, H, W) to (N, C', H', W') and keeps channels-last memory."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tic_backbone.ops import choose_backend, msa_conv2d, odd_pair, pair
+from tic_backbone.ops import check_backend, msa_conv2d, odd_pair, pair
 
 DIRECTIONS = ((0, 0), (-1, -1), (1, 1), (-1, 1), (1, -1))  # the centre and the four diagonals, (down, right)
+CHUNK = 2048  # tokens; see `by_chunks`
 
 
-def cyclic_shift(x: torch.Tensor, groups: int, length: int, turn: int) -> torch.Tensor:
-    """Roll the channel groups of keys or values in turn over `DIRECTIONS`, `length` tokens, around the border.
+def cyclic_shifts(groups: int, length: int, turn: int) -> tuple[tuple[int, int], ...]:
+    """Of each of `groups` heads the displacement (down, right) of its windows, in tokens, for `msa_conv2d`.
 
-    After it, a window centred on a query holds the tokens `length` away from it in the group's direction. The groups
-    form at most five runs, one a direction; `turn` rotates which direction the first run takes, so that over the
-    layers of a network even a single head looks everywhere. Maps smaller than the length wrap more than once.
+    The heads form at most five runs, one for each of `DIRECTIONS`; `turn` rotates which direction the first run takes,
+    so that over the layers of a network even a single head looks everywhere.
     """
-    x = x.permute(0, 2, 3, 1).unflatten(3, (groups, -1))  # (N, H, W, groups, C / groups)
-    rolled = []
-    for i, run in enumerate(x.tensor_split(min(groups, len(DIRECTIONS)), dim=3)):
-        down, right = DIRECTIONS[(i + turn) % len(DIRECTIONS)]
-        rolled.append(run.roll((-down * length, -right * length), dims=(1, 2)) if down else run)
-    return torch.cat(rolled, dim=3).flatten(3).permute(0, 3, 1, 2)
+    runs = min(groups, len(DIRECTIONS))
+    sizes = [groups // runs + (i < groups % runs) for i in range(runs)]
+    steps = [DIRECTIONS[(i + turn) % len(DIRECTIONS)] for i in range(runs)]
+    return tuple((down * length, right * length) for size, (down, right) in zip(sizes, steps) for _ in range(size))
 
 
 def inter_pool(x: torch.Tensor, ratio: int) -> torch.Tensor:
     """Average cells of r x r tokens: (N, C, ceil(H / r), ceil(W / r)). A cell over the border averages what it has."""
+    if not torch.compiler.is_compiling():
+        return F.avg_pool2d(x, ratio, ceil_mode=True, count_include_pad=False)
+    # A graph for all sizes must not ask whether r divides a side, as avg_pool2d does: a convolution with ones.
     c, h, w = x.shape[1:]
-    # A convolution with ones, since avg_pool2d would tie an exported graph to sides that r divides, or to those not.
     total = F.conv2d(F.pad(x, (0, ratio - 1, 0, ratio - 1)), x.new_ones(c, 1, ratio, ratio), stride=ratio, groups=c)
     rows, cols = (size - ratio * torch.arange(n, device=x.device) for size, n in zip((h, w), total.shape[2:]))
     return total / (rows.clamp(max=ratio)[:, None] * cols.clamp(max=ratio))
+
+
+def by_chunks(function: Callable, x: torch.Tensor) -> torch.Tensor:
+    """`function`, which treats each token of (N, C, H, W) on its own and keeps C, on `CHUNK` tokens at a time.
+
+    Where no gradient wants what lies between, that then stays in the cache, and its memory does not grow with the map.
+    """
+    n, c, h, w = x.shape
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or n * h * w <= CHUNK or x.device.type != "cpu":
+        return function(x)
+    out = torch.empty_like(x, memory_format=torch.channels_last)
+    chunks = (t.permute(0, 2, 3, 1).reshape(1, -1, 1, c).split(CHUNK, 1) for t in (x, out))
+    for part, into in zip(*chunks):
+        into.copy_(function(part.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
+    return out
 
 
 class MSAConv2d(nn.Module):
@@ -51,7 +68,8 @@ class MSAConv2d(nn.Module):
         groups: number of heads; must divide ``out_channels``.
         bias: whether the projections have one.
         padding_mode: only "zeros"; those keys score 0 and take their share of the softmax.
-        cyclic_shift: length of the multi-directional cyclic shift in tokens, 0 for none; see `cyclic_shift`.
+        cyclic_shift: length of the multi-directional cyclic shift in tokens, 0 for none; see
+            `cyclic_shifts`.
         turn: direction at which the heads start, in a network the index of the layer.
         inter_pool: keys and values come from tokens averaged over cells of this side, 1 for none; see `inter_pool`.
         backend: implementation of the attention; see `tic_backbone.msa_conv2d`.
@@ -84,7 +102,7 @@ class MSAConv2d(nn.Module):
             raise ValueError(f"MSAConv2d pads with zeros only, got {padding_mode=}")
         if min(cyclic_shift, turn) < 0 or inter_pool < 1:
             raise ValueError(f"need {cyclic_shift=} >= 0, {turn=} >= 0 and {inter_pool=} >= 1")
-        choose_backend(backend)
+        check_backend(backend)
         self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups
         self.kernel_size = odd_pair(kernel_size, "kernel_size")
         self.stride, self.dilation = pair(stride, "stride"), pair(dilation, "dilation")
@@ -106,8 +124,6 @@ class MSAConv2d(nn.Module):
         q = self.q(x)
         # Pooled before the projection, which is linear: the same keys and values, for a part of the arithmetic.
         k, v = self.kv(x if self.inter_pool == 1 else inter_pool(x, self.inter_pool)).chunk(2, 1)
-        if self.cyclic_shift:
-            k, v = (cyclic_shift(t, self.groups, self.cyclic_shift, self.turn) for t in (k, v))
         x = msa_conv2d(
             q,
             k,
@@ -117,6 +133,7 @@ class MSAConv2d(nn.Module):
             dilation=self.dilation,
             groups=self.groups,
             key_stride=self.inter_pool,
+            shifts=cyclic_shifts(self.groups, self.cyclic_shift, self.turn) if self.cyclic_shift else None,
             backend=self.backend,
         )
         return self.proj(x)
@@ -138,6 +155,18 @@ class LayerNorm2d(nn.LayerNorm):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class PositionConv(nn.Conv2d):
+    """x plus a depthwise 3 x 3 convolution of it: conditional position encoding (Chu et al. 2021), free of sizes."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels, channels, 3, padding=1, groups=channels)
+        self.to(memory_format=torch.channels_last)  # as the maps, and as its gradient
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        identity = F.pad(self.weight.new_ones(1, 1, 1, 1), (1, 1, 1, 1))
+        return self._conv_forward(x, self.weight + identity, self.bias)  # the sum at the cost of the convolution
 
 
 class MLP(nn.Module):
@@ -172,14 +201,19 @@ class DropPath(nn.Module):
 def stem(in_channels: int, channels: int) -> nn.Sequential:
     """Two overlapping convolutions to stride 4: (N, in_channels, H, W) to (N, channels, ceil(H/4), ceil(W/4))."""
     return nn.Sequential(
-        nn.Conv2d(in_channels, channels // 2, 3, stride=2, padding=1),
+        _halving(in_channels, channels // 2),
         LayerNorm2d(channels // 2),
         nn.GELU(),
-        nn.Conv2d(channels // 2, channels, 3, stride=2, padding=1),
+        _halving(channels // 2, channels),
         LayerNorm2d(channels),
     )
 
 
 def downsample(in_channels: int, out_channels: int) -> nn.Sequential:
     """Halve the map with an overlapping convolution: (N, C, H, W) to (N, C', ceil(H/2), ceil(W/2))."""
-    return nn.Sequential(LayerNorm2d(in_channels), nn.Conv2d(in_channels, out_channels, 3, stride=2, padding=1))
+    return nn.Sequential(LayerNorm2d(in_channels), _halving(in_channels, out_channels))
+
+
+def _halving(in_channels: int, out_channels: int) -> nn.Conv2d:
+    """Its weight lies in memory as the maps do, and so does the gradient: no copy between layouts in training."""
+    return nn.Conv2d(in_channels, out_channels, 3, stride=2, padding=1).to(memory_format=torch.channels_last)

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from tic_backbone.layers import MLP, DropPath, LayerNorm2d, MSAConv2d, downsample, stem
-from tic_backbone.ops import choose_backend, odd_pair
+from tic_backbone.layers import MLP, DropPath, LayerNorm2d, MSAConv2d, PositionConv, by_chunks, downsample, stem
+from tic_backbone.ops import check_backend, odd_pair
 
 MIN_SIZE = 32  # pixels: one token at the last stage
 
@@ -45,7 +45,7 @@ class TiCConfig:
                 raise TypeError(f"{name} must be an int, got {getattr(self, name)!r}")
         n = len(self.channels)
         odd_pair(self.kernel_size, "kernel_size")
-        choose_backend(self.backend)
+        check_backend(self.backend)
         if not n or len(self.depths) != n or min(self.depths + self.channels) < 1:
             raise ValueError(f"need as many positive depths as channels, got {self.depths=} and {self.channels=}")
         if self.head_dim < 1 or any(c % self.head_dim or c % 2 for c in self.channels):
@@ -74,8 +74,7 @@ class Block(nn.Module):
     def __init__(self, channels: int, config: TiCConfig, *, depth: int, index: int, drop_path: float) -> None:
         """`depth` counts the network's blocks, `index` the stage's."""
         super().__init__()
-        self.pos = nn.Conv2d(channels, channels, 3, padding=1, groups=channels)
-        self.pos.to(memory_format=torch.channels_last)  # the layout of its gradient, for distributed training
+        self.pos = PositionConv(channels)
         self.norm1 = LayerNorm2d(channels)
         self.attn = MSAConv2d(
             channels,
@@ -92,9 +91,9 @@ class Block(nn.Module):
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = x + self.pos(x)
+        x = self.pos(x)
         x = x + self.drop_path(self.attn(self.norm1(x)))
-        return x + self.drop_path(self.mlp(self.norm2(x)))
+        return by_chunks(lambda t: t + self.drop_path(self.mlp(self.norm2(t))), x)
 
 
 class TiC(nn.Module):

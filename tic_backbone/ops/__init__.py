@@ -5,21 +5,50 @@ Each backend is one file with one function of the same signature; `BACKENDS` lis
 
 import torch
 
+from tic_backbone.ops import native
+from tic_backbone.ops.native import msa_conv2d_native
 from tic_backbone.ops.reference import msa_conv2d_reference
 from tic_backbone.ops.tiled import msa_conv2d_tiled
 
 __all__ = ["BACKENDS", "choose_backend", "msa_conv2d"]
 
-BACKENDS = {"reference": msa_conv2d_reference, "tiled": msa_conv2d_tiled}
+BACKENDS = {"reference": msa_conv2d_reference, "tiled": msa_conv2d_tiled, "native": msa_conv2d_native}
 
 
-def choose_backend(backend: str = "auto") -> tuple[str, str]:
-    """The name of the backend that will run, and the reason in words."""
-    if backend == "auto":
-        return "tiled", "plain PyTorch, exact and differentiable on every device"
-    if backend in BACKENDS:
+def check_backend(backend: str) -> None:
+    """A ValueError unless it is "auto" or one of `BACKENDS`."""
+    if backend != "auto" and backend not in BACKENDS:
+        raise ValueError(f"unknown {backend=}; choose 'auto' or one of {sorted(BACKENDS)}")
+
+
+def choose_backend(
+    backend: str = "auto", device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> tuple[str, str]:
+    """The name of the backend that will run for tensors of this device and dtype, and the reason in words.
+
+    A ValueError where the one that is asked for by name cannot run.
+    """
+    check_backend(backend)
+    if backend in ("reference", "tiled"):
         return backend, "asked for by name"
-    raise ValueError(f"unknown {backend=}; choose 'auto' or one of {sorted(BACKENDS)}")
+    reason = _native_refuses(torch.device(device), dtype)
+    if backend == "native":
+        if reason:
+            raise ValueError(f"{backend=} cannot run: {reason}; choose 'auto' or 'tiled'")
+        return "native", "asked for by name"
+    if reason:
+        return "tiled", f"plain PyTorch on every device; native not, since {reason}"
+    return "native", "compiled C, the fastest on CPUs"
+
+
+def _native_refuses(device: torch.device, dtype: torch.dtype) -> str:
+    if device.type != "cpu":
+        return f"the tensors are on {device}"
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"it computes in float32, not {dtype}"
+    if torch.compiler.is_exporting():
+        return "an exported graph shall hold nothing but PyTorch's operators"
+    return native.unavailable()
 
 
 def pair(value, name: str) -> tuple[int, int]:
@@ -40,7 +69,20 @@ def odd_pair(value, name: str) -> tuple[int, int]:
     return values
 
 
-def msa_conv2d(q, k, v, kernel_size, *, stride=1, dilation=1, groups=1, scale=None, key_stride=None, backend="auto"):
+def msa_conv2d(
+    q,
+    k,
+    v,
+    kernel_size,
+    *,
+    stride=1,
+    dilation=1,
+    groups=1,
+    scale=None,
+    key_stride=None,
+    shifts=None,
+    backend="auto",
+):
     """Multi-head self-attention inside a convolution's window (MSA-Conv, arXiv 2310.04134).
 
     The query at row i, column j attends to the ``kernel_size`` keys of the window centred on it, and to nothing
@@ -59,6 +101,8 @@ def msa_conv2d(q, k, v, kernel_size, *, stride=1, dilation=1, groups=1, scale=No
         key_stride: ratio r of the two grids, with ``Hk == ceil(H / r)``; the window of query (i, j) is centred on key
             ``(i // r, j // r)``. By default the smallest ratio that fits the two sizes. Sizes alone do not always
             decide it (4 queries over 2 keys: 2 or 3), so pass it where it is known.
+        shifts: of each group a displacement (down, right) in keys, cyclic: its keys and values are first rolled by it,
+            around the border, so that a window holds the tokens that far from it. None for no shift.
         backend: a name from `BACKENDS`, or "auto".
 
     Returns:
@@ -72,8 +116,9 @@ def msa_conv2d(q, k, v, kernel_size, *, stride=1, dilation=1, groups=1, scale=No
     _check_tensors(q, k, v, groups)
     key_stride = _key_stride(q.shape[2:], k.shape[2:], key_stride)
     scale = (q.shape[1] // groups) ** -0.5 if scale is None else scale
-    name, _ = choose_backend(backend)
-    return BACKENDS[name](q, k, v, kernel_size, stride, dilation, groups, scale, key_stride)
+    shifts = None if shifts is None else _shifts(shifts, groups)
+    name, _ = choose_backend(backend, q.device, q.dtype)
+    return BACKENDS[name](q, k, v, kernel_size, stride, dilation, groups, scale, key_stride, shifts)
 
 
 def _check_tensors(q, k, v, groups) -> None:
@@ -96,6 +141,13 @@ def _check_tensors(q, k, v, groups) -> None:
         raise ValueError(f"q, k and v must not be empty, got q {tuple(q.shape)}, k {tuple(k.shape)}")
     if type(groups) is not int or groups < 1 or q.shape[1] % groups:
         raise ValueError(f"groups must divide the {q.shape[1]} channels, got {groups=}")
+
+
+def _shifts(shifts, groups) -> tuple[tuple[int, int], ...]:
+    shifts = tuple(tuple(shift) for shift in shifts)
+    if len(shifts) != groups or not all(len(s) == 2 and type(s[0]) is type(s[1]) is int for s in shifts):
+        raise ValueError(f"shifts must be {groups} pairs (down, right) of ints, one a group, got {shifts}")
+    return shifts
 
 
 def _key_stride(queries, keys, key_stride) -> tuple[int, int]:

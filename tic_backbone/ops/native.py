@@ -1,0 +1,193 @@
+"""MSA-Conv on the CPU in C: native.c, compiled once by the machine's own compiler at first use.
+
+Nothing is built at install time. Where there is no compiler, or it fails, `unavailable` says why and the tiles run.
+"""
+
+import ctypes
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+
+import torch
+
+SOURCE = Path(__file__).with_name("native.c")
+FLAGS = ("-std=gnu11", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fPIC")
+
+
+class Problem(ctypes.Structure):
+    """The struct of the same name in native.c."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("batch", "groups", "width", "height", "length")),
+        *((name, ctypes.c_int64) for name in ("key_height", "key_length")),
+        *((name, ctypes.c_int64 * 2) for name in ("kernel", "stride", "dilation", "key_stride")),
+        *((name, ctypes.c_int64 * 3) for name in "qkv"),
+        ("threads", ctypes.c_int64),
+        ("scale", ctypes.c_float),
+    ]
+
+
+@torch.compiler.assume_constant_result
+def unavailable() -> str:
+    """Why this backend cannot run here, in words; empty if it can. The first call may compile, for a second."""
+    return _failure()
+
+
+@cache
+def _failure() -> str:
+    try:
+        _function()
+    except (OSError, subprocess.SubprocessError) as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+@cache
+def _function():
+    function = ctypes.CDLL(str(_library())).msa_conv2d
+    function.argtypes = [ctypes.POINTER(Problem), *[ctypes.c_void_p] * 11]
+    return function
+
+
+def _library() -> Path:
+    """The compiled native.c out of the user's cache, made first where this kind of processor has none there."""
+    compiler = shutil.which(os.environ.get("CC", "cc")) or shutil.which("gcc") or shutil.which("clang")
+    if not compiler:
+        raise FileNotFoundError("no C compiler: neither $CC nor cc, gcc or clang is there")
+    key = hashlib.sha256(repr((SOURCE.read_text(), FLAGS, compiler, _processor())).encode()).hexdigest()[:16]
+    cache_home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    target = cache_home / "tic_backbone" / f"msa_conv2d-{key}.so"
+    if not target.exists():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+            compiled, linked = f"{folder}/native.o", f"{folder}/native.so"
+            _run(compiler, *FLAGS, "-c", str(SOURCE), "-o", compiled)
+            # Linked without an OpenMP runtime: torch's is loaded, and a second one's threads would fight with its.
+            _run(compiler, "-shared", compiled, "-o", linked, "-lm")
+            os.replace(linked, target)
+    return target
+
+
+def _run(*command: str) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    if done.returncode:
+        raise OSError(f"{command[0]} says {(done.stderr.strip().splitlines() or ['nothing'])[0]!r}")
+
+
+def _processor() -> str:
+    """What `-march=native` depends on, for caches that several machines share."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return " ".join(os.uname())
+    return next((line for line in lines if line.lower().startswith(("flags", "features"))), os.uname().machine)
+
+
+def msa_conv2d_native(q, k, v, kernel_size, stride, dilation, groups, scale, key_stride, shifts):
+    """See `tic_backbone.msa_conv2d`. On the CPU; half-precision inputs are computed in float32."""
+    dtype = q.dtype
+    flat = [s for shift in shifts or ((0, 0),) * groups for s in shift]
+    out, _ = _forward(
+        *(x.float() for x in (q, k, v)), [*kernel_size, *stride, *dilation, *key_stride], flat, float(scale)
+    )
+    return out.to(dtype)
+
+
+@torch.library.custom_op("tic_backbone::msa_conv2d", mutates_args=(), device_types="cpu")
+def _forward(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, geometry: list[int], shifts: list[int], scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The output, (N, C, H', W'), and the log-sum-exp of every query's scores, (N, groups, H', W').
+
+    `geometry`: kernel_size, stride, dilation, key_stride, two of each; `shifts`: two a group.
+    """
+    q, k, v = _tokens(q), _tokens(k), _tokens(v)
+    out, lse = _results(q, geometry, shifts)
+    _call(q, k, v, geometry, shifts, scale, out, lse)
+    return out.permute(0, 3, 1, 2), lse
+
+
+@_forward.register_fake
+def _(q, k, v, geometry, shifts, scale):
+    out, lse = _results(q.permute(0, 2, 3, 1), geometry, shifts)
+    return out.permute(0, 3, 1, 2), lse
+
+
+@torch.library.custom_op("tic_backbone::msa_conv2d_backward", mutates_args=(), device_types="cpu")
+def _backward(
+    grad: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    geometry: list[int],
+    shifts: list[int],
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The gradients of q, k and v."""
+    grad, q, k, v, out = _tokens(grad), _tokens(q), _tokens(k), _tokens(v), _tokens(out)
+    dq, dk, dv = _gradients(q, k)
+    kept = dq[:, :: geometry[2], :: geometry[3]]
+    grad_of_kept = kept if kept.is_contiguous() else torch.empty_like(grad)
+    _call(q, k, v, geometry, shifts, scale, out.contiguous(), lse, grad.contiguous(), grad_of_kept, dk, dv)
+    if grad_of_kept is not kept:
+        kept.copy_(grad_of_kept)
+    return dq.permute(0, 3, 1, 2), dk.permute(0, 3, 1, 2), dv.permute(0, 3, 1, 2)
+
+
+@_backward.register_fake
+def _(grad, q, k, v, out, lse, geometry, shifts, scale):
+    return tuple(x.permute(0, 3, 1, 2) for x in _gradients(q.permute(0, 2, 3, 1), k.permute(0, 2, 3, 1)))
+
+
+def _setup_context(ctx, inputs, output):
+    q, k, v, *ctx.arguments = inputs
+    ctx.save_for_backward(q, k, v, *output)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _gradient(ctx, grad, _):
+    return *_backward(grad, *ctx.saved_tensors, *ctx.arguments), None, None, None
+
+
+_forward.register_autograd(_gradient, setup_context=_setup_context)
+
+
+def _tokens(x):
+    """(N, C, H, W) as (N, H, W, C) whose channels lie side by side: a view of channels-last maps."""
+    x = x.permute(0, 2, 3, 1)
+    return x if x.stride(3) == 1 else x.contiguous()
+
+
+def _results(q, geometry, shifts):
+    n, h, w, c = q.shape
+    h, w = (h + geometry[2] - 1) // geometry[2], (w + geometry[3] - 1) // geometry[3]
+    return q.new_empty(n, h, w, c), q.new_empty(n, len(shifts) // 2, h, w)
+
+
+def _gradients(q, k):
+    return q.new_zeros(q.shape), k.new_zeros(k.shape), k.new_zeros(k.shape)
+
+
+def _call(q, k, v, geometry, shifts, scale, out, lse, grad=None, dq=None, dk=None, dv=None):
+    groups = len(shifts) // 2
+    batch, height, length, channels = out.shape
+    pairs = [(ctypes.c_int64 * 2)(*geometry[i : i + 2]) for i in (0, 2, 4, 6)]
+    strides = [(ctypes.c_int64 * 3)(*x.stride()[:3]) for x in (q, k, v)]
+    problem = Problem(
+        *(batch, groups, channels // groups, height, length, *k.shape[1:3]),
+        *pairs,
+        *strides,
+        torch.get_num_threads(),
+        scale,
+    )
+    pointers = [None if x is None else x.data_ptr() for x in (out, lse, grad, dq, dk, dv)]
+    along = (ctypes.c_int64 * 3)(*(dk.stride()[:3] if dk is not None else (0, 0, 0)))
+    offsets = (ctypes.c_int64 * len(shifts))(*shifts)
+    if _function()(problem, q.data_ptr(), k.data_ptr(), v.data_ptr(), offsets, *pointers, along):
+        raise MemoryError(f"no memory for windows of {tuple(geometry[:2])} in {torch.get_num_threads()} threads")
