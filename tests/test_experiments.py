@@ -1,0 +1,147 @@
+"""tools/experiments: that contestants differ in the one thing they are named for, and that runs can be trusted."""
+
+import json
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, run
+from PIL import Image
+
+sys.path.insert(0, str(ROOT / "tools" / "experiments"))
+import contestants
+import run as runner
+
+NETS = {(study, name): make for study, nets in contestants.STUDIES.items() for name, make in nets.items()}
+
+
+@pytest.mark.parametrize(("study", "name"), NETS)
+def test_contestants_are_of_one_size_and_learn_with_every_weight(study, name):
+    torch.manual_seed(0)
+    plain, net = contestants.ABLATION["plain"](10), NETS[study, name](10)
+    sizes = [sum(p.numel() for p in model.parameters()) for model in (net, plain)]
+    assert abs(sizes[0] / sizes[1] - 1) < 0.05
+    net(torch.randn(2, 3, 32, 32)).square().sum().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in net.parameters())
+
+
+def seen_from(layer, size, at):
+    """Which tokens of a (size, size) map the output at `at` depends on."""
+    x = torch.randn(1, 16, size, size, requires_grad=True)
+    layer(x)[0, :, at[0], at[1]].sum().backward()
+    return {tuple(t) for t in x.grad[0].abs().sum(0).nonzero().tolist()}
+
+
+def test_windows_tile_the_map_and_those_of_every_second_block_lie_between():
+    square = lambda rows, cols: {(i, j) for i in rows for j in cols}  # noqa: E731
+    assert seen_from(contestants.Windows(16, 4, False), 8, (5, 2)) == square(range(4, 8), range(4))
+    assert seen_from(contestants.Windows(16, 4, True), 8, (5, 2)) == square(range(2, 6), range(2, 6))
+    assert seen_from(contestants.Windows(16, 4, True), 8, (0, 7)) == square(range(2), range(6, 8))
+    assert seen_from(contestants.Windows(16, 4, False), 6, (5, 5)) == square(range(4, 6), range(4, 6))
+    assert seen_from(contestants.Windows(16, 4, True), 4, (0, 0)) == square(range(4), range(4))
+
+
+def test_global_attention_sees_everything():
+    assert len(seen_from(contestants.Global(16), 7, (3, 0))) == 49
+
+
+@pytest.fixture
+def data(tmp_path):
+    """Twenty dark and twenty bright pictures a split, of differing sizes."""
+    rng = np.random.default_rng(0)
+    for split in ("train", "test"):
+        for label, base in (("dark", 0), ("light", 150)):
+            folder = tmp_path / "data" / split / label
+            folder.mkdir(parents=True)
+            for i in range(20):
+                pixels = rng.integers(base, base + 100, (32 + i, 40, 3), np.uint8)
+                Image.fromarray(pixels).save(folder / f"{i}.png")
+    return tmp_path / "data"
+
+
+def job(data, tmp_path, **changes):
+    settings = dict(study="ablation", contestant="shift + pool", seed=3, data="data", side=32, epochs=3, steps=2)
+    paths = dict(source=str(data), cache=str(tmp_path / "c.npz"), checkpoint=str(tmp_path / "k.pth"), commit="-")
+    return {**settings, **paths, "batch": 8, "lr": 1e-2, **changes}
+
+
+def test_pictures_are_cropped_and_scaled_once(data, tmp_path):
+    read = runner.pictures(data, 32, tmp_path / "c.npz")
+    assert read["train_x"].shape == (40, 32, 32, 3) and sorted(set(read["test_y"].tolist())) == [0, 1]
+    assert read["test_x"][read["test_y"] == 0].max() < 100 <= 150 <= read["test_x"][read["test_y"] == 1].min()
+    for picture in data.rglob("*.png"):
+        picture.unlink()
+    again = runner.pictures(data, 32, tmp_path / "c.npz")
+    assert all(np.array_equal(again[name], read[name]) for name in read)
+
+
+def test_a_stopped_run_goes_on_to_the_same_end(data, tmp_path, monkeypatch):
+    whole = runner.train(job(data, tmp_path))
+    accuracy, calls = runner.accuracy, []
+
+    def stops_at_the_second_epoch(*args):
+        calls.append(args)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return accuracy(*args)
+
+    monkeypatch.setattr(runner, "accuracy", stops_at_the_second_epoch)
+    with pytest.raises(KeyboardInterrupt):
+        runner.train(job(data, tmp_path))
+    assert (tmp_path / "k.pth").exists()
+    assert runner.train(job(data, tmp_path))["curve"] == whole["curve"]
+    assert len(calls) == 4 and not (tmp_path / "k.pth").exists()
+
+
+def test_seeds_and_contestants_share_the_order_of_pictures(data, tmp_path, monkeypatch):
+    seen = {}
+    for name, contestant, seed in (("a", "plain", 0), ("b", "k = 5", 0), ("c", "plain", 1)):
+        batches = []
+        monkeypatch.setattr(runner, "augment", lambda x, _, batches=batches: batches.append(x) or x)
+        runner.train(job(data, tmp_path, contestant=contestant, seed=seed, epochs=1))
+        seen[name] = torch.cat(batches)
+    assert torch.equal(seen["a"], seen["b"]) and not torch.equal(seen["a"], seen["c"])
+
+
+def test_crops_hold_the_picture_and_zeros():
+    x = torch.ones(64, 1, 16, 16)
+    crops = runner.augment(x, torch.Generator().manual_seed(0))
+    assert crops.shape == x.shape and set(crops.unique().tolist()) == {0, 1}
+    assert all(crop.sum() >= 14 * 14 for crop in crops) and len({crop.sum().item() for crop in crops}) > 3
+
+
+@pytest.mark.heavy
+def test_command_keeps_one_line_a_run_and_runs_nothing_twice(data, tmp_path):
+    command = ["tools/experiments/run.py", "ablation", "--data", data, "--out", tmp_path / "r.jsonl"]
+    command += ["--only", "plain", "--seeds", 0, 1, "--epochs", 1, "--steps", 1, "--batch", 4]
+    for _ in range(2):
+        status, _, err = run(*command)
+        assert status == 0, err
+        lines = [json.loads(line) for line in (tmp_path / "r.jsonl").read_text().splitlines()]
+        assert [(line["contestant"], line["seed"]) for line in lines] == [("plain", 0), ("plain", 1)]
+    status, _, err = run("tools/experiments/report.py", tmp_path / "r.jsonl", "--out", tmp_path / "report")
+    assert status == 0, err
+    assert "| plain | 2 |" in (tmp_path / "report" / "ablation.md").read_text()
+    assert (tmp_path / "report" / "ablation.png").stat().st_size > 1000
+
+
+@pytest.mark.heavy
+def test_missing_data_is_named(tmp_path):
+    status, _, err = run("tools/experiments/run.py", "ablation", "--data", tmp_path / "nowhere")
+    assert status != 0 and "nowhere" in err and "Traceback" not in err
+
+
+def test_report_compares_in_pairs_of_seeds():
+    import report
+
+    lines = [
+        dict(contestant=name, seed=seed, final=final, parameters=10, seconds=60)
+        for name, finals in (("plain", (0.5, 0.6, 0.7)), ("better", (0.52, 0.63, 0.71)))
+        for seed, final in enumerate(finals)
+    ]
+    rows = {row.name: row for row in report.rows([SimpleNamespace(**line) for line in lines])}
+    assert rows["better"].difference == pytest.approx(2.0)
+    assert rows["better"].p == pytest.approx(0.0742, abs=1e-3)  # t = 2 / (1 / sqrt(3)) with 2 degrees of freedom
+    assert rows["plain"].difference is None and rows["plain"].deviation == pytest.approx(10)

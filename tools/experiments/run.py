@@ -1,0 +1,207 @@
+"""Train the contestants of a study under one budget, and keep a line of JSON for every run.
+
+    python tools/experiments/run.py ablation --data cifar10.zip --seeds 0 1 2 --processes 2
+
+Data: a folder or a zip with `train/<class>/*` and `test/<class>/*` pictures, such as CIFAR-10 written out as files; all
+are scaled to --side. Runs whose line is in --out already are skipped; one that was stopped goes on after its last
+epoch. The contestants share seeds, order of pictures, augmentation (padded crops and flips), schedule and budget.
+"""
+
+import argparse
+import json
+import math
+import multiprocessing
+import platform
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).parent))
+from contestants import STUDIES
+
+SETTINGS = ("data", "side", "epochs", "steps", "batch", "lr")  # with study, contestant and seed: what a run is
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("study", choices=STUDIES)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--out", type=Path, default=Path("work_dirs/experiments/results.jsonl"))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--only", nargs="+", help="names of contestants")
+    parser.add_argument("--side", type=int, default=32, help="of the pictures, in pixels")
+    parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--steps", type=int, default=100, help="batches an epoch, drawn from all pictures")
+    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--lr", type=float, default=2e-3, help="at the peak of the one cycle")
+    parser.add_argument("--processes", type=int, default=1, help="runs side by side, of one thread each")
+    args = parser.parse_args()
+    if unknown := set(args.only or ()) - set(STUDIES[args.study]):
+        parser.error(f"no contestant {sorted(unknown)} in {args.study}; there are {list(STUDIES[args.study])}")
+    return args
+
+
+def pictures(source: Path, side: int, cache: Path) -> dict[str, np.ndarray]:
+    """x and y of both splits: (N, side, side, 3) bytes and (N,) class numbers; decoded once into `cache`."""
+    if not cache.exists():
+        found: dict[str, list] = {"train": [], "test": []}
+        for name, opened in _files(source):
+            split, label = name.split("/")[-3:-1]
+            if split in found:
+                picture = Image.open(opened()).convert("RGB")
+                crop = min(picture.size)
+                left, top = (picture.width - crop) // 2, (picture.height - crop) // 2
+                picture = picture.crop((left, top, left + crop, top + crop))
+                found[split].append((label, np.asarray(picture.resize((side, side), Image.Resampling.BILINEAR))))
+        classes = sorted({label for label, _ in found["train"]})
+        if len(classes) < 2:
+            raise SystemExit(f"error: no pictures under train/<class>/ in {source}")
+        arrays = {}
+        for split, items in found.items():
+            arrays[f"{split}_x"] = np.stack([picture for _, picture in items])
+            arrays[f"{split}_y"] = np.array([classes.index(label) for label, _ in items])
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        np.savez(cache.with_suffix(".part.npz"), **arrays)
+        cache.with_suffix(".part.npz").rename(cache)
+    return dict(np.load(cache))
+
+
+def _files(source: Path):
+    if source.is_dir():
+        for path in sorted(source.glob("t*/*/*")):
+            yield path.as_posix(), lambda path=path: path
+    else:
+        archive = zipfile.ZipFile(source)
+        for name in tqdm(sorted(n for n in archive.namelist() if not n.endswith("/")), "decoding"):
+            yield f"/{name}", lambda name=name: archive.open(name)
+
+
+def to_batch(x: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(x).permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
+
+
+def augment(x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Crops of the pictures padded by an eighth, half of them flipped."""
+    n, _, side, _ = x.shape
+    pad = side // 8
+    x = F.pad(x, (pad, pad, pad, pad))
+    top, left = torch.randint(0, 2 * pad + 1, (2, n), generator=generator).tolist()
+    flip = (torch.rand(n, generator=generator) < 0.5).tolist()
+    crops = (x[i, :, t : t + side, s : s + side] for i, (t, s) in enumerate(zip(top, left)))
+    return torch.stack([crop.flip(2) if f else crop for crop, f in zip(crops, flip)])
+
+
+@torch.no_grad()
+def accuracy(model: torch.nn.Module, x: np.ndarray, y: np.ndarray) -> float:
+    model.eval()
+    right = sum(
+        (model(to_batch(x[i : i + 500])).argmax(1) == torch.from_numpy(y[i : i + 500])).sum().item()
+        for i in range(0, len(x), 500)
+    )
+    model.train()
+    return right / len(x)
+
+
+def train(job: dict) -> dict:
+    """One run to its end, from its last epoch on; the job with results."""
+    torch.set_num_threads(1)
+    data = pictures(Path(job["source"]), job["side"], Path(job["cache"]))
+    torch.manual_seed(job["seed"])
+    model = STUDIES[job["study"]][job["contestant"]](int(data["train_y"].max()) + 1)
+    matrices = [p for p in model.parameters() if p.dim() > 1]
+    others = [p for p in model.parameters() if p.dim() <= 1]
+    groups = [dict(params=matrices, weight_decay=0.05), dict(params=others, weight_decay=0)]
+    optimizer = torch.optim.AdamW(groups, lr=job["lr"])
+    steps = job["epochs"] * job["steps"]
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, job["lr"], steps, pct_start=0.2)
+    curve, seconds, kept = [], 0.0, Path(job["checkpoint"])
+    if kept.exists():
+        state = torch.load(kept, weights_only=True)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        schedule.load_state_dict(state["schedule"])
+        curve, seconds = state["curve"], state["seconds"]
+    for epoch in range(len(curve), job["epochs"]):
+        start, losses = time.perf_counter(), []
+        generator = torch.Generator().manual_seed(1000 * job["seed"] + epoch)
+        order = torch.randperm(len(data["train_x"]), generator=generator)
+        for i in range(job["steps"]):
+            picked = order[torch.arange(i * job["batch"], (i + 1) * job["batch"]) % len(order)].numpy()
+            x = augment(to_batch(data["train_x"][picked]), generator)
+            loss = F.cross_entropy(model(x), torch.from_numpy(data["train_y"][picked]))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            losses.append(loss.item())
+        seconds += time.perf_counter() - start
+        part = slice(None) if epoch + 1 == job["epochs"] else slice(None, None, 5)  # on the way, of every fifth picture
+        tested = accuracy(model, data["test_x"][part], data["test_y"][part])
+        curve.append([round(sum(losses) / len(losses), 4), tested])
+        if not math.isfinite(curve[-1][0]):
+            break
+        state = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), schedule=schedule.state_dict())
+        torch.save({**state, "curve": curve, "seconds": seconds}, kept.with_suffix(".part"))
+        kept.with_suffix(".part").replace(kept)
+    kept.unlink(missing_ok=True)
+    return {
+        **{name: job[name] for name in ("study", "contestant", "seed", *SETTINGS)},
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "final": curve[-1][1],
+        "best": max(accuracy for _, accuracy in curve),
+        "curve": curve,
+        "seconds": round(seconds),
+        "commit": job["commit"],
+        "torch": torch.__version__,
+        "machine": platform.machine(),
+    }
+
+
+def commit() -> str:
+    """Of the code that runs, with a + where files differ from it; empty outside a repository."""
+    here = Path(__file__).parent
+    out = [
+        subprocess.run(["git", *command], cwd=here, capture_output=True, text=True).stdout.strip()
+        for command in (("rev-parse", "--short", "HEAD"), ("status", "--porcelain", "--", "..", "../../tic_backbone"))
+    ]
+    return out[0] + "+" * bool(out[1])
+
+
+def main() -> None:
+    args = parse_args()
+    if not args.data.exists():
+        raise SystemExit(f"error: there is no {args.data}; it must hold train/<class>/ and test/<class>/ pictures")
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    cache = args.out.parent / f"{args.data.stem}-{args.side}.npz"
+    pictures(args.data, args.side, cache)
+    done = [json.loads(line) for line in args.out.read_text().splitlines()] if args.out.exists() else []
+    key = ("study", "contestant", "seed", *SETTINGS)
+    known = {tuple(line[k] for k in key) for line in done}
+    settings = {**{name: getattr(args, name) for name in SETTINGS}, "data": args.data.stem}
+    jobs = []
+    for seed in args.seeds:  # outermost, so that what is done of a campaign is whole rounds
+        for contestant in args.only or STUDIES[args.study]:
+            job = {"study": args.study, "contestant": contestant, "seed": seed, **settings}
+            if tuple(job[k] for k in key) not in known:
+                name = "_".join(str(job[k]) for k in key).replace(" ", "-").replace("/", "-")
+                checkpoint = args.out.parent / f"{name}.pth"
+                source = dict(source=str(args.data), cache=str(cache), checkpoint=str(checkpoint), commit=commit())
+                jobs.append({**job, **source})
+    context = multiprocessing.get_context("spawn")
+    with args.out.open("a") as file, context.Pool(args.processes, maxtasksperchild=1) as pool:
+        for result in tqdm(pool.imap_unordered(train, jobs), args.study, len(jobs)):
+            file.write(json.dumps(result) + "\n")
+            file.flush()
+            tqdm.write(f"{result['contestant']}, seed {result['seed']}: {result['final']:.4f}")
+
+
+if __name__ == "__main__":
+    main()
