@@ -41,7 +41,7 @@ def test_a_block_runs_no_kernel_but_these(index):
     counts = kernels(block, x)
     weights = ("new_ones", "constant_pad_nd", "add")  # of the position convolution: its kernel plus the identity
     assert counts.pop("add") == 3 and all(counts.pop(name) == 1 for name in weights[:2])
-    expected = dict(convolution=1, native_layer_norm=2, addmm=5, msa_conv2d=1, gelu=1)
+    expected = dict(convolution=1, native_layer_norm=2, addmm=5, msa_conv2d_native=1, gelu=1)
     assert counts == {**expected, **({"avg_pool2d": 1} if index else {})}
 
 

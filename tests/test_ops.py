@@ -151,7 +151,7 @@ def test_native_keeps_its_precision_at_large_and_small_scores(far):
 def test_native_passes_torch_s_checks_of_operators():
     q, k, v = qkv((2, 6, 9, 8), (1, 2), torch.float32)
     geometry = [3, 5, 2, 1, 1, 1, 1, 2]
-    torch.library.opcheck(torch.ops.tic_backbone.msa_conv2d.default, (q, k, v, geometry, [0, 1, 2, 3], 0.5))
+    torch.library.opcheck(torch.ops.tic_backbone.msa_conv2d_native.default, (q, k, v, geometry, [0, 1, 2, 3], 0.5))
 
 
 def test_tiles_stand_in_where_there_is_no_compiler(monkeypatch):
@@ -293,6 +293,8 @@ def test_native_is_for_cpus_and_single_precision():
     for device, dtype in (("cpu", torch.float64), ("meta", torch.float32)):
         with pytest.raises(ValueError, match="native"):
             choose_backend("native", device, dtype)
+    with pytest.raises(ValueError, match="'triton' cannot run"):
+        choose_backend("triton")
 
 
 @pytest.mark.heavy

@@ -12,7 +12,21 @@ from tic_backbone.ops.tiled import msa_conv2d_tiled
 
 __all__ = ["BACKENDS", "choose_backend", "msa_conv2d"]
 
-BACKENDS = {"reference": msa_conv2d_reference, "tiled": msa_conv2d_tiled, "native": msa_conv2d_native}
+
+def msa_conv2d_triton(*args):
+    """See `tic_backbone.ops.triton`, which is imported when first needed."""
+    from tic_backbone.ops.triton import msa_conv2d_triton
+
+    return msa_conv2d_triton(*args)
+
+
+BACKENDS = {
+    "reference": msa_conv2d_reference,
+    "tiled": msa_conv2d_tiled,
+    "native": msa_conv2d_native,
+    "triton": msa_conv2d_triton,
+}
+FASTEST = {"cpu": "native", "cuda": "triton"}  # by type of device
 
 
 def check_backend(backend: str) -> None:
@@ -29,26 +43,40 @@ def choose_backend(
     A ValueError where the one that is asked for by name cannot run.
     """
     check_backend(backend)
+    device = torch.device(device)
     if backend in ("reference", "tiled"):
         return backend, "asked for by name"
-    reason = _native_refuses(torch.device(device), dtype)
-    if backend == "native":
-        if reason:
+    if backend != "auto":
+        if reason := _refuses(backend, device, dtype):
             raise ValueError(f"{backend=} cannot run: {reason}; choose 'auto' or 'tiled'")
-        return "native", "asked for by name"
-    if reason:
-        return "tiled", f"plain PyTorch on every device; native not, since {reason}"
-    return "native", "compiled C, the fastest on CPUs"
+        return backend, "asked for by name"
+    if device.type not in FASTEST:
+        return "tiled", "plain PyTorch on every device"
+    fastest = FASTEST[device.type]
+    if reason := _refuses(fastest, device, dtype):
+        return "tiled", f"plain PyTorch on every device; not {fastest}, since {reason}"
+    return fastest, f"the fastest on {device.type}"
 
 
-def _native_refuses(device: torch.device, dtype: torch.dtype) -> str:
+def _refuses(backend: str, device: torch.device, dtype: torch.dtype) -> str:
+    if torch.compiler.is_exporting():
+        return "an exported graph shall hold nothing but PyTorch's operators"
+    if backend == "triton":
+        return _triton_refuses(device, dtype)
     if device.type != "cpu":
         return f"the tensors are on {device}"
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"it computes in float32, not {dtype}"
-    if torch.compiler.is_exporting():
-        return "an exported graph shall hold nothing but PyTorch's operators"
     return native.unavailable()
+
+
+@torch.compiler.assume_constant_result
+def _triton_refuses(device: torch.device, dtype: torch.dtype) -> str:
+    try:
+        from tic_backbone.ops import triton
+    except ImportError as error:
+        return f"triton cannot be imported: {error}"
+    return triton.unavailable(device, dtype)
 
 
 def pair(value, name: str) -> tuple[int, int]:

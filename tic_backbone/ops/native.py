@@ -97,7 +97,7 @@ def msa_conv2d_native(q, k, v, kernel_size, stride, dilation, groups, scale, key
     return out.to(dtype)
 
 
-@torch.library.custom_op("tic_backbone::msa_conv2d", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("tic_backbone::msa_conv2d_native", mutates_args=(), device_types="cpu")
 def _forward(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, geometry: list[int], shifts: list[int], scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -117,7 +117,7 @@ def _(q, k, v, geometry, shifts, scale):
     return out.permute(0, 3, 1, 2), lse
 
 
-@torch.library.custom_op("tic_backbone::msa_conv2d_backward", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("tic_backbone::msa_conv2d_native_backward", mutates_args=(), device_types="cpu")
 def _backward(
     grad: torch.Tensor,
     q: torch.Tensor,
