@@ -62,9 +62,11 @@ def data(tmp_path):
 
 
 def job(data, tmp_path, **changes):
-    settings = dict(study="ablation", contestant="shift + pool", seed=3, data="data", side=32, epochs=3, steps=2)
+    settings = dict(
+        study="ablation", contestant="shift + pool", seed=3, data="data", side=32, epochs=3, steps=2, mosaic=1
+    )
     paths = dict(source=str(data), cache=str(tmp_path / "c.npz"), checkpoint=str(tmp_path / "k.pth"), commit="-")
-    return {**settings, **paths, "batch": 8, "lr": 1e-2, **changes}
+    return {**settings, **paths, "steps": 2, "batch": 8, "lr": 1e-2, **changes}
 
 
 def test_pictures_are_cropped_and_scaled_once(data, tmp_path):
@@ -103,6 +105,18 @@ def test_seeds_and_contestants_share_the_order_of_pictures(data, tmp_path, monke
         runner.train(job(data, tmp_path, contestant=contestant, seed=seed, epochs=1))
         seen[name] = torch.cat(batches)
     assert torch.equal(seen["a"], seen["b"]) and not torch.equal(seen["a"], seen["c"])
+
+
+def test_a_mosaic_has_the_class_of_each_picture_where_the_picture_lies():
+    x, y = torch.arange(8.0).reshape(8, 1, 1, 1).expand(8, 3, 8, 8), torch.arange(8)
+    mosaics, classes = runner.task(x, y, 2)
+    assert mosaics.shape == (2, 3, 16, 16)
+    assert torch.equal(mosaics[1, 0, ::8, ::8], torch.tensor([[4.0, 5], [6, 7]]))
+    knows = lambda x: torch.nn.functional.one_hot(x[:, 0, ::4, ::4].long(), 8).permute(0, 3, 1, 2).float()  # noqa: E731
+    found, target = runner.scores(knows, mosaics, classes)
+    assert len(target) == 2 * 4 * 4 and torch.equal(found.argmax(1), target)
+    found, target = runner.scores(knows, *runner.task(x, y, 1))
+    assert found.shape == (8, 8) and torch.equal(found.argmax(1), target)
 
 
 def test_crops_hold_the_picture_and_zeros():

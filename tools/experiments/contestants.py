@@ -14,7 +14,7 @@ CHANNELS, DEPTHS, HEAD = (32, 64), (4, 4), 16
 
 
 class Net(nn.Module):
-    """(N, 3, H, W) to (N, classes): a stem of stride 2, two stages of blocks, the mean over the map, a linear layer."""
+    """(N, 3, H, W) to scores (N, classes, H / 4, W / 4): a stem of stride 2, two stages of blocks, a linear layer."""
 
     def __init__(self, classes: int, attention: Callable | None = None, *, position: bool = True, **fields) -> None:
         """`attention(channels, index)` makes what stands in for a block's MSA-Conv; `fields` are `TiCConfig`'s."""
@@ -33,11 +33,11 @@ class Net(nn.Module):
                     block.pos = nn.Identity()
                 layers.append(block)
         self.features = nn.Sequential(*layers, LayerNorm2d(config.channels[-1]))
-        self.head = nn.Linear(config.channels[-1], classes)
+        self.head = Linear2d(config.channels[-1], classes)
         self.apply(_init)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.head(self.features(x.contiguous(memory_format=torch.channels_last)).mean((2, 3)))
+        return self.head(self.features(x.contiguous(memory_format=torch.channels_last)))
 
 
 class Attention(nn.Module):

@@ -20,6 +20,7 @@ from scipy.stats import ttest_rel
 
 sys.path.insert(0, str(Path(__file__).parent))
 from contestants import STUDIES
+from run import SETTINGS
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -101,11 +102,10 @@ def main() -> None:
         order = {name: i for i, name in enumerate(STUDIES[study])}
         chosen = sorted((run for run in runs if run.study == study), key=lambda run: order[run.contestant])
         text = f"# {study}\n"
-        keys = ("data", "side", "epochs", "steps", "batch", "lr")
-        budgets = dict.fromkeys(tuple(getattr(run, key) for key in keys) for run in chosen)
+        budgets = dict.fromkeys(tuple(getattr(run, key) for key in SETTINGS) for run in chosen)
         for i, budget in enumerate(budgets):
-            found = list(rows([run for run in chosen if tuple(getattr(run, key) for key in keys) == budget]))
-            described = ", ".join(f"{key} {value}" for key, value in zip(keys, budget))
+            found = list(rows([run for run in chosen if tuple(getattr(run, key) for key in SETTINGS) == budget]))
+            described = ", ".join(f"{key} {value}" for key, value in zip(SETTINGS, budget))
             text += f"\n{described}\n\n{table(found)}\n"
             draw(found, described, args.out / f"{study}{f'-{i + 1}' if i else ''}.png")
         (args.out / f"{study}.md").write_text(text)

@@ -3,8 +3,10 @@
     python tools/experiments/run.py ablation --data cifar10.zip --seeds 0 1 2 --processes 2
 
 Data: a folder or a zip with `train/<class>/*` and `test/<class>/*` pictures, such as CIFAR-10 written out as files; all
-are scaled to --side. Runs whose line is in --out already are skipped; one that was stopped goes on after its last
-epoch. The contestants share seeds, order of pictures, augmentation (padded crops and flips), schedule and budget.
+are scaled to --side. With --mosaic M the task is a dense one: M x M pictures are laid side by side, and every token of
+the last map must name the class of the picture it lies in. Runs whose line is in --out already are skipped; one that
+was stopped goes on after its last epoch. The contestants share seeds, order of pictures, augmentation (padded crops and
+flips), schedule and budget.
 """
 
 import argparse
@@ -27,7 +29,15 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parent))
 from contestants import STUDIES
 
-SETTINGS = ("data", "side", "epochs", "steps", "batch", "lr")  # with study, contestant and seed: what a run is
+SETTINGS = (
+    "data",
+    "side",
+    "mosaic",
+    "epochs",
+    "steps",
+    "batch",
+    "lr",
+)  # with study, contestant, seed: a run
 
 
 def parse_args() -> argparse.Namespace:
@@ -38,12 +48,15 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--only", nargs="+", help="names of contestants")
     parser.add_argument("--side", type=int, default=32, help="of the pictures, in pixels")
+    parser.add_argument("--mosaic", type=int, default=1, help="pictures in a row and in a column; 1: classify pictures")
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--steps", type=int, default=100, help="batches an epoch, drawn from all pictures")
-    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--batch", type=int, default=128, help="pictures, laid out in mosaics or not")
     parser.add_argument("--lr", type=float, default=2e-3, help="at the peak of the one cycle")
     parser.add_argument("--processes", type=int, default=1, help="runs side by side, of one thread each")
     args = parser.parse_args()
+    if args.batch % args.mosaic**2:
+        parser.error(f"{args.batch} pictures make no whole mosaics of {args.mosaic} x {args.mosaic}")
     if unknown := set(args.only or ()) - set(STUDIES[args.study]):
         parser.error(f"no contestant {sorted(unknown)} in {args.study}; there are {list(STUDIES[args.study])}")
     return args
@@ -99,15 +112,33 @@ def augment(x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     return torch.stack([crop.flip(2) if f else crop for crop, f in zip(crops, flip)])
 
 
+def task(x: torch.Tensor, y: torch.Tensor, mosaic: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """N pictures and classes to N / mosaic^2 mosaics and their maps of classes (row by row, left to right)."""
+    y = y.unflatten(0, (-1, mosaic, mosaic))
+    x = x.unflatten(0, (-1, mosaic, mosaic)).permute(0, 3, 1, 4, 2, 5)  # (N', channels, row, height, column, width)
+    return x.flatten(4, 5).flatten(2, 3), y
+
+
+def scores(model: torch.nn.Module, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """What is compared: (M, classes) and (M,), for every token of a mosaic or once for a picture that fills the map."""
+    out = model(x)
+    if y.shape[-1] == 1:
+        return out.mean((2, 3)), y.flatten()
+    y = y.repeat_interleave(out.shape[2] // y.shape[1], 1).repeat_interleave(out.shape[3] // y.shape[2], 2)
+    return out.permute(0, 2, 3, 1).flatten(0, 2), y.flatten()
+
+
 @torch.no_grad()
-def accuracy(model: torch.nn.Module, x: np.ndarray, y: np.ndarray) -> float:
+def accuracy(model: torch.nn.Module, x: np.ndarray, y: np.ndarray, mosaic: int) -> float:
     model.eval()
-    right = sum(
-        (model(to_batch(x[i : i + 500])).argmax(1) == torch.from_numpy(y[i : i + 500])).sum().item()
-        for i in range(0, len(x), 500)
-    )
+    order = np.random.default_rng(0).permutation(len(x))  # mosaics of many classes, the same for all contestants
+    right = total = 0
+    for picked in np.array_split(order[: len(x) // mosaic**2 * mosaic**2].reshape(-1, mosaic**2), -(-len(x) // 400)):
+        picked = picked.flatten()
+        out, target = scores(model, *task(to_batch(x[picked]), torch.from_numpy(y[picked]), mosaic))
+        right, total = right + (out.argmax(1) == target).sum().item(), total + len(target)
     model.train()
-    return right / len(x)
+    return right / total
 
 
 def train(job: dict) -> dict:
@@ -136,7 +167,7 @@ def train(job: dict) -> dict:
         for i in range(job["steps"]):
             picked = order[torch.arange(i * job["batch"], (i + 1) * job["batch"]) % len(order)].numpy()
             x = augment(to_batch(data["train_x"][picked]), generator)
-            loss = F.cross_entropy(model(x), torch.from_numpy(data["train_y"][picked]))
+            loss = F.cross_entropy(*scores(model, *task(x, torch.from_numpy(data["train_y"][picked]), job["mosaic"])))
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -144,7 +175,7 @@ def train(job: dict) -> dict:
             losses.append(loss.item())
         seconds += time.perf_counter() - start
         part = slice(None) if epoch + 1 == job["epochs"] else slice(None, None, 5)  # on the way, of every fifth picture
-        tested = accuracy(model, data["test_x"][part], data["test_y"][part])
+        tested = accuracy(model, data["test_x"][part], data["test_y"][part], job["mosaic"])
         curve.append([round(sum(losses) / len(losses), 4), tested])
         if not math.isfinite(curve[-1][0]):
             break
