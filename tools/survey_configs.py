@@ -115,6 +115,8 @@ def _learn(cfg: Config) -> None:
     if "size" in (cfg.model.data_preprocessor or {}):  # to which it would pad
         cfg.model.data_preprocessor.size = (SIDE, SIDE)
     model = revert_sync_batchnorm(MODELS.build(cfg.model)).train()
+    if "checkpoint" not in str(cfg.model):  # some weights are memory as it was found before this
+        model.init_weights()
     owner = model.detector if hasattr(model, "detector") else model
     inputs = SAMPLES[cfg.default_scope](cfg.model)
     if isinstance(inputs["inputs"][0], torch.ByteTensor):
