@@ -94,7 +94,7 @@ def test_a_stopped_run_goes_on_to_the_same_end(data, tmp_path, monkeypatch):
         runner.train(job(data, tmp_path))
     assert (tmp_path / "k.pth").exists()
     assert runner.train(job(data, tmp_path))["curve"] == whole["curve"]
-    assert len(calls) == 4 and not (tmp_path / "k.pth").exists()
+    assert len(calls) == 4 and not (tmp_path / "k.pth").exists() and (tmp_path / "k.weights.pth").exists()
 
 
 def test_seeds_and_contestants_share_the_order_of_pictures(data, tmp_path, monkeypatch):

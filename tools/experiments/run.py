@@ -5,8 +5,8 @@
 Data: a folder or a zip with `train/<class>/*` and `test/<class>/*` pictures, such as CIFAR-10 written out as files; all
 are scaled to --side. With --mosaic M the task is a dense one: M x M pictures are laid side by side, and every token of
 the last map must name the class of the picture it lies in. Runs whose line is in --out already are skipped; one that
-was stopped goes on after its last epoch. The contestants share seeds, order of pictures, augmentation (padded crops and
-flips), schedule and budget.
+was stopped goes on after its last epoch. Trained weights lie beside --out, as *.weights.pth. The contestants share
+seeds, order of pictures, augmentation (padded crops and flips), schedule and budget.
 """
 
 import argparse
@@ -182,6 +182,7 @@ def train(job: dict) -> dict:
         state = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), schedule=schedule.state_dict())
         torch.save({**state, "curve": curve, "seconds": seconds}, kept.with_suffix(".part"))
         kept.with_suffix(".part").replace(kept)
+    torch.save(model.state_dict(), kept.with_suffix(".weights.pth"))
     kept.unlink(missing_ok=True)
     return {
         **{name: job[name] for name in ("study", "contestant", "seed", *SETTINGS)},
