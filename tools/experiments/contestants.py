@@ -16,12 +16,19 @@ CHANNELS, DEPTHS, HEAD = (32, 64), (4, 4), 16
 class Net(nn.Module):
     """(N, 3, H, W) to scores (N, classes, H / 4, W / 4): a stem of stride 2, two stages of blocks, a linear layer."""
 
-    def __init__(self, classes: int, attention: Callable | None = None, *, position: bool = True, **fields) -> None:
-        """`attention(channels, index)` makes what stands in for a block's MSA-Conv; `fields` are `TiCConfig`'s."""
+    def __init__(
+        self, classes: int, attention: Callable | None = None, *, position: str = "convolution", **fields
+    ) -> None:
+        """`attention(channels, index)` makes what stands in for a block's MSA-Conv; `fields` are `TiCConfig`'s.
+
+        Positions come from a "convolution" in every block, a "table" after the stem, or from nothing ("").
+        """
         super().__init__()
         options = dict(channels=CHANNELS, depths=DEPTHS, out_indices=(1,), head_dim=HEAD, kernel_size=3)
         config = TiCConfig(**{**options, **fields})
         layers: list[nn.Module] = [nn.Conv2d(3, CHANNELS[0], 3, stride=2, padding=1), LayerNorm2d(CHANNELS[0])]
+        if position == "table":
+            layers.append(Table(CHANNELS[0], 16))
         for stage, (channels, depth) in enumerate(zip(config.channels, config.depths)):
             if stage:
                 layers.append(downsample(config.channels[stage - 1], channels))
@@ -29,7 +36,7 @@ class Net(nn.Module):
                 block = Block(channels, config, depth=sum(DEPTHS[:stage]) + i, index=i, drop_path=0.0)
                 if attention:
                     block.attn = attention(channels, i)
-                if not position:
+                if position != "convolution":
                     block.pos = nn.Identity()
                 layers.append(block)
         self.features = nn.Sequential(*layers, LayerNorm2d(config.channels[-1]))
@@ -38,6 +45,17 @@ class Net(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.head(self.features(x.contiguous(memory_format=torch.channels_last)))
+
+
+class Table(nn.Module):
+    """Adds a learned table of positions, which maps of other sizes than its own get resampled."""
+
+    def __init__(self, channels: int, side: int) -> None:
+        super().__init__()
+        self.table = nn.Parameter(0.02 * torch.randn(1, channels, side, side))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + F.interpolate(self.table, x.shape[2:], mode="bicubic", align_corners=False)
 
 
 class Attention(nn.Module):
@@ -124,8 +142,9 @@ ABLATION = {
     "shift + pool": lambda n: Net(n),
     "Swin windows of 4": lambda n: Net(n, lambda c, i: Windows(c, 4, i % 2 == 1), **PLAIN),
     "global attention": lambda n: Net(n, lambda c, i: Global(c), **PLAIN),
+    "global attention, table": lambda n: Net(n, lambda c, i: Global(c), position="table", **PLAIN),
     "depthwise convolution": lambda n: Net(n, lambda c, i: Depthwise(c, 3), mlp_ratio=5.3, **PLAIN),
-    "no position convolution": lambda n: Net(n, position=False, **PLAIN),
+    "no position convolution": lambda n: Net(n, position="", **PLAIN),
     "k = 5": lambda n: Net(n, kernel_size=5, **PLAIN),
     "k = 7": lambda n: Net(n, kernel_size=7, **PLAIN),
     "groups = 1": lambda n: Net(n, _msa(groups=1), **PLAIN),

@@ -29,15 +29,8 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parent))
 from contestants import STUDIES
 
-SETTINGS = (
-    "data",
-    "side",
-    "mosaic",
-    "epochs",
-    "steps",
-    "batch",
-    "lr",
-)  # with study, contestant, seed: a run
+SETTINGS = ("data", "side", "mosaic", "epochs", "steps", "batch", "lr")
+KEY = ("study", "contestant", "seed", *SETTINGS)  # what a run is
 
 
 def parse_args() -> argparse.Namespace:
@@ -62,10 +55,10 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
-def pictures(source: Path, side: int, cache: Path) -> dict[str, np.ndarray]:
-    """x and y of both splits: (N, side, side, 3) bytes and (N,) class numbers; decoded once into `cache`."""
+def pictures(source: Path, side: int, cache: Path, splits: tuple[str, ...] = ("train", "test")) -> dict:
+    """x and y of each split: (N, side, side, 3) bytes and (N,) class numbers; decoded once into `cache`."""
     if not cache.exists():
-        found: dict[str, list] = {"train": [], "test": []}
+        found: dict[str, list] = {split: [] for split in splits}
         for name, opened in _files(source):
             split, label = name.split("/")[-3:-1]
             if split in found:
@@ -74,9 +67,11 @@ def pictures(source: Path, side: int, cache: Path) -> dict[str, np.ndarray]:
                 left, top = (picture.width - crop) // 2, (picture.height - crop) // 2
                 picture = picture.crop((left, top, left + crop, top + crop))
                 found[split].append((label, np.asarray(picture.resize((side, side), Image.Resampling.BILINEAR))))
-        classes = sorted({label for label, _ in found["train"]})
-        if len(classes) < 2:
-            raise SystemExit(f"error: no pictures under train/<class>/ in {source}")
+        classes = sorted({label for items in found.values() for label, _ in items})
+        if len(classes) < 2 or not all(found.values()):
+            raise SystemExit(
+                f"error: no pictures of several classes under {'/<class>/ and '.join(splits)}/<class>/ in {source}"
+            )
         arrays = {}
         for split, items in found.items():
             arrays[f"{split}_x"] = np.stack([picture for _, picture in items])
@@ -182,10 +177,11 @@ def train(job: dict) -> dict:
         state = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), schedule=schedule.state_dict())
         torch.save({**state, "curve": curve, "seconds": seconds}, kept.with_suffix(".part"))
         kept.with_suffix(".part").replace(kept)
-    torch.save(model.state_dict(), kept.with_suffix(".weights.pth"))
+    about = {name: job[name] for name in KEY}
+    torch.save({"run": about, "model": model.state_dict()}, kept.with_suffix(".weights.pth"))
     kept.unlink(missing_ok=True)
     return {
-        **{name: job[name] for name in ("study", "contestant", "seed", *SETTINGS)},
+        **about,
         "parameters": sum(p.numel() for p in model.parameters()),
         "final": curve[-1][1],
         "best": max(accuracy for _, accuracy in curve),
@@ -195,6 +191,15 @@ def train(job: dict) -> dict:
         "torch": torch.__version__,
         "machine": platform.machine(),
     }
+
+
+def trained(path: Path) -> tuple[dict, torch.nn.Module]:
+    """What run the *.weights.pth at `path` are of, and its network, in eval mode."""
+    kept = torch.load(path, weights_only=True)
+    run, weights = kept["run"], kept["model"]
+    model = STUDIES[run["study"]][run["contestant"]](len(weights["head.weight"]))
+    model.load_state_dict(weights)
+    return run, model.eval()
 
 
 def commit() -> str:
@@ -215,15 +220,14 @@ def main() -> None:
     cache = args.out.parent / f"{args.data.stem}-{args.side}.npz"
     pictures(args.data, args.side, cache)
     done = [json.loads(line) for line in args.out.read_text().splitlines()] if args.out.exists() else []
-    key = ("study", "contestant", "seed", *SETTINGS)
-    known = {tuple(line[k] for k in key) for line in done}
+    known = {tuple(line[k] for k in KEY) for line in done}
     settings = {**{name: getattr(args, name) for name in SETTINGS}, "data": args.data.stem}
     jobs = []
     for seed in args.seeds:  # outermost, so that what is done of a campaign is whole rounds
         for contestant in args.only or STUDIES[args.study]:
             job = {"study": args.study, "contestant": contestant, "seed": seed, **settings}
-            if tuple(job[k] for k in key) not in known:
-                name = "_".join(str(job[k]) for k in key).replace(" ", "-").replace("/", "-")
+            if tuple(job[k] for k in KEY) not in known:
+                name = "_".join(str(job[k]) for k in KEY).replace(" ", "-").replace("/", "-")
                 checkpoint = args.out.parent / f"{name}.pth"
                 source = dict(source=str(args.data), cache=str(cache), checkpoint=str(checkpoint), commit=commit())
                 jobs.append({**job, **source})
