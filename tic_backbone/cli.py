@@ -8,17 +8,23 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import torch
 from mmcv.transforms import LoadImageFromFile
 from mmengine.config import Config, DictAction
 from mmengine.config.utils import MODULE2PACKAGE
 from mmengine.device import is_cuda_available
 from mmengine.hub import get_config
+from mmengine.registry import MODELS, DefaultScope
+from PIL import Image
+from torch import nn
 
+from tic_backbone.checkpoint import load_weights
 from tic_backbone.openmmlab import read_mm_checkpoint
 from tic_backbone.swap import swap_backbone
 
 PACKAGE = Path(__file__).parent
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, of values between 0 and 1
 MODULE2PACKAGE["mmseg"] = "mmseg"  # look for the module: its distribution has another name in the forks
 
 
@@ -43,10 +49,7 @@ def argument_parser(description: str, **kwargs) -> argparse.ArgumentParser:
 def read_config(args: argparse.Namespace) -> Config:
     """The config with the common arguments applied, --cfg-options last; a `BadInput` where it cannot be read."""
     os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
-    try:
-        cfg = get_config(args.config) if "::" in args.config else Config.fromfile(args.config)
-    except Exception as error:
-        raise BadInput(f"cannot read the config {args.config}: {type(error).__name__} {error}") from error
+    cfg = _read(args.config)
     name = Path(args.config).stem
     if args.backbone:
         cfg, name = swap_backbone(cfg, args.backbone), f"{name}_{args.backbone}"
@@ -65,6 +68,56 @@ def read_config(args: argparse.Namespace) -> Config:
             find_unused_parameters=cfg.get("find_unused_parameters", False),
         )
     return cfg
+
+
+def _read(config: str) -> Config:
+    try:
+        return get_config(config) if "::" in config else Config.fromfile(config)
+    except Exception as error:
+        raise BadInput(f"cannot read the config {config}: {type(error).__name__} {error}") from error
+
+
+def load_backbone(model: str, checkpoint: str = "", size: int = 224) -> tuple[nn.Module, Callable]:
+    """A backbone in eval mode, and a function from its images, (N, 3, H, W), to its last map, (N, C, h, w).
+
+    Args:
+        model: a config, as `read_config` takes them, whose backbone is meant, or a model of timm's by name.
+        checkpoint: weights of the whole model; without one they are random, the same at every call.
+        size: px a side of the images, for those of timm's models that are made for one.
+    """
+    torch.manual_seed(0)
+    if model.endswith(".py"):
+        cfg = _read(model)
+        cfg.model.setdefault("data_preprocessor", cfg.get("data_preprocessor"))  # as mmengine's runner does
+        with DefaultScope.overwrite_default_scope(cfg.get("default_scope")):
+            whole = MODELS.build(cfg.model)
+        if not hasattr(whole, "backbone"):
+            raise BadInput(f"the model of {model}, a {type(whole).__name__}, has no backbone")
+        backbone = whole.backbone
+        last = lambda images: backbone(images)[-1]  # noqa: E731
+    else:
+        import timm
+
+        import tic_backbone.timm  # noqa: F401 - so that timm knows TiC
+
+        if not timm.is_model(model):
+            raise BadInput(f"{model} is neither a config (.py) nor a model that timm knows")
+        try:
+            whole = timm.create_model(model, num_classes=0, img_size=size)
+        except TypeError:  # of models that take any size
+            whole = timm.create_model(model, num_classes=0)
+        backbone = whole
+        last = lambda images: whole.forward_intermediates(images, indices=1, intermediates_only=True)[-1]  # noqa: E731
+    if checkpoint:
+        load_weights(whole, read_mm_checkpoint(checkpoint))
+    whole.eval()
+    return backbone, last
+
+
+def normalized(photo: Image.Image) -> torch.Tensor:
+    """(3, H, W) with ImageNet's means and deviations, which the configs and most of timm's models want."""
+    x = torch.from_numpy(np.array(photo.convert("RGB"))).permute(2, 0, 1) / 255
+    return (x - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
 
 
 def check_data(cfg: Config, *splits: str) -> None:

@@ -129,8 +129,9 @@ def msa_conv2d(
         key_stride: ratio r of the two grids, with ``Hk == ceil(H / r)``; the window of query (i, j) is centred on key
             ``(i // r, j // r)``. By default the smallest ratio that fits the two sizes. Sizes alone do not always
             decide it (4 queries over 2 keys: 2 or 3), so pass it where it is known.
-        shifts: of each group a displacement (down, right) in keys, cyclic: its keys and values are first rolled by it,
-            around the border, so that a window holds the tokens that far from it. None for no shift.
+        shifts: of each group a displacement (down, right) of its window, in keys: the key at row i, column j of the
+            window is the one at ``((i + down) % Hk, (j + right) % Wk)``, around the border. What lies beyond the
+            border before the displacement stays zero. None for no shift.
         backend: a name from `BACKENDS`, or "auto".
 
     Returns:

@@ -1,0 +1,70 @@
+"""Looking inside backbones: how far they see, and where a head of TiC looks."""
+
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+import torch
+
+from tic_backbone.layers import MSAConv2d, cyclic_shifts, inter_pool
+
+
+class Window(NamedTuple):
+    """What the G heads of an MSA-Conv see from one token, in windows of K keys."""
+
+    weights: torch.Tensor  # (G, K), each head's sum to 1
+    tokens: torch.Tensor  # (G, K, 2): row and column of each key's token, on the pooled map if the layer pools
+    inside: torch.Tensor  # (G, K): False for the zeros beyond the border, whose tokens mean nothing
+
+
+@torch.no_grad()
+def window_weights(layer: MSAConv2d, x: torch.Tensor, row: int, column: int) -> Window:
+    """The attention weights of the query at (row, column) of the layer's input x, (1, C, H, W).
+
+    The centre of the window is the query's own token, or its cell in a layer that pools, displaced by the head's shift.
+    """
+    k = layer.kv(inter_pool(x, layer.inter_pool)).chunk(2, 1)[0]
+    height, width = k.shape[2:]
+    ratio, groups = layer.inter_pool, layer.groups
+    steps = [torch.arange(n) - n // 2 for n in layer.kernel_size]
+    rows, columns = (centre + d * s for centre, d, s in zip((row // ratio, column // ratio), layer.dilation, steps))
+    places = torch.cartesian_prod(rows, columns)  # of the rolled keys
+    sides = torch.tensor([height, width])
+    inside = ((places >= 0) & (places < sides)).all(1).expand(groups, -1)
+    tokens = (places + torch.tensor(cyclic_shifts(groups, layer.cyclic_shift, layer.turn))[:, None]) % sides
+    q = layer.q(x[:, :, row : row + 1, column : column + 1]).reshape(groups, -1)
+    keys = k[0].unflatten(0, (groups, -1)).permute(0, 2, 3, 1)  # (G, H, W, width of a head)
+    keys = torch.stack([head[t[:, 0], t[:, 1]] for head, t in zip(keys, tokens)])  # (G, K, width of a head)
+    scores = (keys @ q[:, :, None])[..., 0] * q.shape[1] ** -0.5
+    return Window(torch.where(inside, scores, 0).softmax(1), tokens, inside)
+
+
+def receptive_field(function: Callable, images: Iterable[torch.Tensor]) -> tuple[torch.Tensor, tuple[float, float]]:
+    """The effective receptive field (Luo et al. 2016) of the token at the centre of `function`'s map, (1, C, h, w).
+
+    It is the gradient of the token with respect to the image, as absolute values added over colours and over `images`,
+    (C, H, W) each, of one size. The token's channels are added with signs drawn once, as their plain sum is constant
+    after a LayerNorm. Returns the field as (H, W), summing to 1, and the place (row, column) in px of the token's centre.
+    """
+    total = 0
+    for image in images:
+        x = image[None].clone().requires_grad_()
+        out = function(x)
+        rows, columns = out.shape[2:]
+        token = out[0, :, rows // 2, columns // 2]
+        signs = torch.randint(0, 2, token.shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
+        (gradient,) = torch.autograd.grad((token * signs).sum(), x)
+        total = total + gradient[0].double().abs().sum(0)
+    place = ((n // 2 + 0.5) * side / n for n, side in zip((rows, columns), total.shape))
+    return total / total.sum(), tuple(place)
+
+
+def side_of_square(field: torch.Tensor, place: tuple[float, float], share: float) -> int:
+    """Px a side of the smallest square around `place` that holds `share` (0 to 1) of a field, (H, W) that sums to 1.
+
+    What of the square lies beyond the image counts too.
+    """
+    down, right = ((torch.arange(n) + 0.5 - p).abs() for n, p in zip(field.shape, place))
+    reach, order = torch.maximum(down[:, None], right).flatten().sort(stable=True)
+    held = field.flatten()[order].cumsum(0)
+    last = min(int((held < share - 1e-9).sum()), len(held) - 1)
+    return round(2 * float(reach[last]) + 1)
