@@ -43,7 +43,7 @@ def receptive_field(function: Callable, images: Iterable[torch.Tensor]) -> tuple
 
     It is the gradient of the token with respect to the image, as absolute values added over colours and over `images`,
     (C, H, W) each, of one size. The token's channels are added with signs drawn once, as their plain sum is constant
-    after a LayerNorm. Returns the field as (H, W), summing to 1, and the place (row, column) in px of the token's centre.
+    after a LayerNorm. Returns the field, (H, W) that sum to 1, and the place (row, column) in px of the token's centre.
     """
     total = 0
     for image in images:
