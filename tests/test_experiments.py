@@ -142,6 +142,24 @@ def test_command_keeps_one_line_a_run_and_runs_nothing_twice(data, tmp_path):
 
 
 @pytest.mark.heavy
+def test_at_its_own_size_a_network_scores_what_it_did_after_training(data, tmp_path):
+    finals = {}
+    for mosaic in (1, 2):
+        checkpoint = str(tmp_path / f"{mosaic}.pth")
+        trained = runner.train(job(data, tmp_path, mosaic=mosaic, epochs=1, checkpoint=checkpoint))
+        finals[mosaic] = trained["final"]
+    weights = [tmp_path / f"{mosaic}.weights.pth" for mosaic in (1, 2)]
+    command = ["tools/experiments/resolution.py", *weights, "--data", data, "--out", tmp_path / "r.jsonl"]
+    status, out, err = run(*command, "--scales", 0.5, 1)
+    assert status == 0, err
+    lines = [json.loads(line) for line in (tmp_path / "r.jsonl").read_text().splitlines()]
+    assert {line["mosaic"]: line["accuracy"] for line in lines if line["scale"] == 1} == finals
+    assert sorted(line["scale"] for line in lines) == [0.5, 0.5, 1, 1]
+    assert out.count("| shift + pool | ") == 2
+    assert run(*command, "--scales", 0.5, 1)[1] == out and len((tmp_path / "r.jsonl").read_text().splitlines()) == 4
+
+
+@pytest.mark.heavy
 def test_missing_data_is_named(tmp_path):
     status, _, err = run("tools/experiments/run.py", "ablation", "--data", tmp_path / "nowhere")
     assert status != 0 and "nowhere" in err and "Traceback" not in err

@@ -55,8 +55,14 @@ def photos(tmp_path):
 
 
 @pytest.mark.heavy
-def test_fields_of_all_kinds_of_models_are_measured_and_drawn(photos, tmp_path):
-    models = ["configs/tic_retinanet.py", "ablation/plain", "swin_tiny_patch4_window7_224", "resnet18"]
+def test_fields_of_all_kinds_of_models_are_measured_and_drawn(photos, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "tools" / "experiments")
+    import contestants
+
+    weights = tmp_path / "plain.weights.pth"
+    net = contestants.ABLATION["plain"](3)
+    torch.save({"run": dict(study="ablation", contestant="plain"), "model": net.state_dict()}, weights)
+    models = ["configs/tic_retinanet.py", str(weights), "swin_tiny_patch4_window7_224", "resnet18"]
     status, out, err = run("tools/erf.py", *models, "--photos", photos, "--size", 64, "--out", tmp_path / "out")
     assert status == 0, err
     rows = [line.split(" | ") for line in out.splitlines() if line.startswith("| ")][1:]
@@ -81,7 +87,7 @@ def test_attention_is_drawn(photos, tmp_path):
     ("models", "word"),
     [
         (["no_such_net"], "no_such_net"),
-        (["ablation/better"], "better"),
+        (["none.weights.pth"], "none.weights.pth"),
         (["configs/none.py"], "configs/none.py"),
         (["tic_nano@none.pth"], "none.pth"),
     ],

@@ -3,11 +3,11 @@
     python tools/erf.py tic_tiny swin_tiny_patch4_window7_224 convnext_tiny --photos FOLDER --size 512
     python tools/erf.py configs/tic_retinanet.py configs/tic_retinanet.py@epoch_16.pth --photos FOLDER
 
-A model is timm's name of one, an OpenMMLab config (its backbone is taken), or study/contestant of tools/experiments;
-after an @ may follow a checkpoint, without which the weights are random. The field is how much each pixel of the input
-moves the token at the centre of the last map: absolute values of the gradient, added over colours and photos. The
-table says how many pixels a side the square around that token has that holds 20, 50, 95 and 99 % of it. Writes erf.md
-and erf.png.
+A model is timm's name of one or an OpenMMLab config (its backbone is taken), after an @ with a checkpoint, without
+which the weights are random; or a *.weights.pth that tools/experiments/run.py left. The field is how much each pixel of
+the input moves the token at the centre of the last map: absolute values of the gradient, added over colours and photos.
+The table says how many pixels a side the square around that token has that holds 20, 50, 95 and 99 % of it. Writes
+erf.md and erf.png.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from tic_backbone.cli import BadInput, load_backbone, normalized, readable_error
 from tic_backbone.inspection import receptive_field, side_of_square
 
 sys.path.insert(0, str(Path(__file__).parent / "experiments"))
-from contestants import STUDIES
+from run import trained
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -64,18 +64,10 @@ def read_photos(folder: Path, size: int, number: int) -> list[torch.Tensor]:
 
 def load(model: str, size: int) -> Callable:
     """A function from images to their last map, (N, C, h, w)."""
+    if model.endswith(".weights.pth"):
+        return trained(Path(model))[1].features
     name, _, checkpoint = model.partition("@")
-    study, _, contestant = name.partition("/")
-    if study not in STUDIES:
-        return load_backbone(name, checkpoint, size)[1]
-    if contestant not in STUDIES[study]:
-        raise BadInput(f"no contestant {contestant!r} in {study}; there are {list(STUDIES[study])}")
-    torch.manual_seed(0)
-    weights = torch.load(checkpoint, weights_only=True) if checkpoint else None
-    net = STUDIES[study][contestant](len(weights["head.weight"]) if weights else 10)
-    if weights:
-        net.load_state_dict(weights)
-    return net.eval().features
+    return load_backbone(name, checkpoint, size)[1]
 
 
 def table(fields: dict[str, tuple[torch.Tensor, tuple[float, float]]]) -> str:
@@ -88,7 +80,7 @@ def table(fields: dict[str, tuple[torch.Tensor, tuple[float, float]]]) -> str:
 
 def title(model: str) -> str:
     name, _, checkpoint = model.partition("@")
-    return Path(name).stem + (", trained" if checkpoint else "")
+    return Path(name).name.removesuffix(".py").removesuffix(".weights.pth") + (", trained" if checkpoint else "")
 
 
 def draw(fields: dict[str, tuple[torch.Tensor, tuple[float, float]]], path: Path) -> None:
