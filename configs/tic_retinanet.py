@@ -28,16 +28,13 @@ data = dict(data_root="data/neon_trees/", metainfo=dict(classes=("Tree",)), filt
 splits = ("train", "val", "test")
 train, val, test = (dict(ann_file=f"annotations/{s}.json", data_prefix=dict(img=f"{s}/"), **data) for s in splits)
 train_dataloader = dict(batch_size=2, num_workers=1, dataset=dict(pipeline=train_pipeline, **train))
-val_dataloader = dict(num_workers=1, dataset=dict(pipeline=test_pipeline, **val))
-test_dataloader = dict(num_workers=1, dataset=dict(pipeline=test_pipeline, **test))
+val_dataloader, test_dataloader = (dict(num_workers=1, dataset=dict(pipeline=test_pipeline, **s)) for s in (val, test))
 val_evaluator, test_evaluator = (dict(ann_file=split["data_root"] + split["ann_file"]) for split in (val, test))
 
 optimizer = dict(_delete_=True, type="AdamW", lr=7e-4, weight_decay=0.05)
-optim_wrapper = dict(optimizer=optimizer, clip_grad=dict(max_norm=5))
-train_cfg = dict(max_epochs=16, val_interval=2)
-param_scheduler = [
-    dict(type="LinearLR", start_factor=0.01, by_epoch=False, begin=0, end=50),
-    dict(type="CosineAnnealingLR", eta_min_ratio=0.01, begin=0, end=16, by_epoch=True, convert_to_iter_based=True),
-]
+optim_wrapper, train_cfg = dict(optimizer=optimizer, clip_grad=dict(max_norm=5)), dict(max_epochs=16, val_interval=2)
+warmup = dict(type="LinearLR", start_factor=0.01, by_epoch=False, begin=0, end=50)
+cosine = dict(type="CosineAnnealingLR", eta_min_ratio=0.01, begin=0, end=16, by_epoch=True, convert_to_iter_based=True)
+param_scheduler = [warmup, cosine]
 draw = dict(draw=True, interval=1)
 default_hooks = dict(checkpoint=dict(max_keep_ckpts=2), logger=dict(interval=10), visualization=draw)
