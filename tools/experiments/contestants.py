@@ -6,11 +6,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tic_backbone import MSAConv2d, TiCConfig
-from tic_backbone.layers import LayerNorm2d, Linear2d, downsample
+from tic_backbone import MSAConv2d, TiCConfig, msa_conv2d
+from tic_backbone.layers import DIRECTIONS, LayerNorm2d, Linear2d, cyclic_shifts, downsample, inter_pool
+from tic_backbone.ops import native
 from tic_backbone.tic import Block, _init
 
-CHANNELS, DEPTHS, HEAD = (32, 64), (4, 4), 16
+CHANNELS, DEPTHS, HEAD = (32, 96), (2, 2), 16
 
 
 class Net(nn.Module):
@@ -24,7 +25,7 @@ class Net(nn.Module):
         Positions come from a "convolution" in every block, a "table" after the stem, or from nothing ("").
         """
         super().__init__()
-        options = dict(channels=CHANNELS, depths=DEPTHS, out_indices=(1,), head_dim=HEAD, kernel_size=3)
+        options = dict(channels=CHANNELS, depths=DEPTHS, out_indices=(1,), head_dim=HEAD, kernel_size=3, mlp_ratio=2)
         config = TiCConfig(**{**options, **fields})
         layers: list[nn.Module] = [nn.Conv2d(3, CHANNELS[0], 3, stride=2, padding=1), LayerNorm2d(CHANNELS[0])]
         if position == "table":
@@ -128,39 +129,225 @@ class Depthwise(nn.Module):
         return self.proj(self.conv(x))
 
 
+class Union(MSAConv2d):
+    """MSA-Conv in which each head's own window and a second one share one softmax.
+
+    The second window is displaced in the head's direction by `displaced` tokens of its map, and its keys and values are
+    those of the tokens averaged over cells of `pooled` a side.
+    """
+
+    def __init__(self, channels: int, kernel_size: int = 3, *, displaced: int = 0, turn: int = 0, pooled: int = 1) -> None:
+        super().__init__(channels, channels, kernel_size, groups=channels // HEAD)
+        none = ((0, 0),) * self.groups
+        directions = cyclic_shifts(self.groups, 1, turn)
+        far = [DIRECTIONS[1 + i % 4] if d == (0, 0) else d for i, d in enumerate(directions)]
+        self.windows = (1, none), (pooled, tuple((displaced * down, displaced * right) for down, right in far))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        pairs = []
+        for ratio, shifts in self.windows:
+            k, v = self.kv(x if ratio == 1 else inter_pool(x, ratio)).chunk(2, 1)
+            geometry = [*self.kernel_size, 1, 1, 1, 1, ratio, ratio]
+            pairs.append((k, v, geometry, [s for shift in shifts for s in shift]))
+        return self.proj(SharedSoftmax.apply(self.q(x), HEAD**-0.5, *(part for pair in pairs for part in pair)))
+
+
+class SharedSoftmax(torch.autograd.Function):
+    """One softmax over several windows of keys: each window's result, weighted by the sum of its exponentials.
+
+    The backward pass of one window, given the common sum and the common result, is that window's part of the whole.
+    """
+
+    @staticmethod
+    def forward(ctx, q, scale, *windows):
+        windows = [windows[i : i + 4] for i in range(0, len(windows), 4)]
+        outs, sums = zip(*(native._forward(q, k, v, geometry, shifts, scale) for k, v, geometry, shifts in windows))
+        total = torch.stack(sums).logsumexp(0)
+        shares = ((part - total).exp().repeat_interleave(q.shape[1] // part.shape[1], 1) for part in sums)
+        out = sum(part * share for part, share in zip(outs, shares))
+        ctx.scale, ctx.rest = scale, [window[2:] for window in windows]
+        ctx.save_for_backward(q, out, total, *(part for window in windows for part in window[:2]))
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        q, out, total, *keys = ctx.saved_tensors
+        dq, gradients = 0, []
+        for i, (geometry, shifts) in enumerate(ctx.rest):
+            k, v = keys[2 * i : 2 * i + 2]
+            own, dk, dv = native._backward(grad, q, k, v, out, total, geometry, shifts, ctx.scale)
+            dq, gradients = dq + own, [*gradients, dk, dv, None, None]
+        return dq, None, *gradients
+
+
+class Displaced(MSAConv2d):
+    """MSA-Conv whose heads all look along the diagonals, none straight ahead."""
+
+    def __init__(self, channels: int, length: int) -> None:
+        super().__init__(channels, channels, 3, groups=channels // HEAD)
+        self.shifts = [(length * down, length * right) for down, right in DIRECTIONS[1:]]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        shifts = [self.shifts[4 * head // self.groups] for head in range(self.groups)]
+        k, v = self.kv(x).chunk(2, 1)
+        return self.proj(msa_conv2d(self.q(x), k, v, self.kernel_size, groups=self.groups, shifts=shifts))
+
+
+class ChannelShift(MSAConv2d):
+    """The cyclic shift by channels instead of heads: a fifth of every head's channels from each direction."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        k, v = (self._rolled(part) for part in self.kv(x).chunk(2, 1))
+        return self.proj(msa_conv2d(self.q(x), k, v, self.kernel_size, groups=self.groups))
+
+    def _rolled(self, x: torch.Tensor) -> torch.Tensor:
+        heads = x.unflatten(1, (self.groups, -1))
+        steps = [(-2 * down, -2 * right) for down, right in DIRECTIONS]
+        parts = [part.roll(s, (3, 4)) for part, s in zip(heads.tensor_split(len(steps), 2), steps)]
+        return torch.cat(parts, 2).flatten(1, 2).contiguous(memory_format=torch.channels_last)
+
+
+class PooledBranch(nn.Module):
+    """MSA-Conv, and to its result added what a second MSA-Conv makes of the tokens averaged 2 x 2, each half as wide."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.near, self.far = (MSAConv2d(channels, channels // 2, 3, groups=max(channels // 2 // HEAD, 1)) for _ in "nf")
+        self.proj = Linear2d(channels // 2, channels)
+        self.near.proj = self.far.proj = nn.Identity()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        far = self.far(inter_pool(x, 2)).repeat_interleave(2, 2).repeat_interleave(2, 3)
+        return self.proj(self.near(x) + far[:, :, : x.shape[2], : x.shape[3]])
+
+
+class Neighbourhood(Attention):
+    """Neighbourhood attention (Hassani et al. 2023) without its table: the window stays whole inside of the map."""
+
+    def __init__(self, channels: int, kernel_size: int) -> None:
+        super().__init__(channels)
+        self.kernel_size = kernel_size
+
+    def attend(self, qkv: torch.Tensor) -> torch.Tensor:
+        n, h, w, _ = qkv.shape
+        rows, columns = (self._inside(size) for size in (h, w))  # (size, k): which tokens each one's window holds
+        keys = (rows[:, None, :, None] * w + columns[None, :, None, :]).flatten(2).flatten(0, 1)  # (H * W, k^2)
+        q, k, v = qkv.flatten(1, 2).unflatten(2, (3, -1, HEAD)).unbind(2)  # (N, H * W, heads, 16)
+        k, v = (part[:, keys.flatten()].unflatten(1, keys.shape) for part in (k, v))
+        weights = (torch.einsum("nqhd,nqkhd->nqhk", q, k) * HEAD**-0.5).softmax(3)
+        return torch.einsum("nqhk,nqkhd->nqhd", weights, v).flatten(2).unflatten(1, (h, w))
+
+    def _inside(self, size: int) -> torch.Tensor:
+        k = min(self.kernel_size, size)
+        first = (torch.arange(size) - k // 2).clamp(0, size - k)
+        return first[:, None] + torch.arange(k)
+
+
+class Peer(nn.Module):
+    """A class of timm's, whose map has stride 4 like that of `Net`, with the same linear layer at its end."""
+
+    def __init__(self, body: nn.Module, channels: int, classes: int) -> None:
+        super().__init__()
+        body.norm = body.fc_norm = body.head = nn.Identity()
+        self.body, self.norm, self.head = body, LayerNorm2d(channels), Linear2d(channels, classes)
+
+    def features(self, x: torch.Tensor) -> torch.Tensor:
+        return self.norm(self.body.forward_intermediates(x, indices=1, intermediates_only=True)[0])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.features(x))
+
+
+def swin(classes: int) -> Peer:
+    from timm.models.swin_transformer import SwinTransformer
+
+    options = dict(img_size=32, strict_img_size=False, patch_size=2, window_size=4, mlp_ratio=2, drop_path_rate=0.0)
+    return Peer(SwinTransformer(**options, embed_dim=46, depths=(2, 2), num_heads=(2, 4)), 92, classes)
+
+
+def convnext(classes: int) -> Peer:
+    from timm.models.convnext import ConvNeXt
+
+    body = ConvNeXt(depths=(2, 2, 1, 1), dims=(32, 96, 96, 96), patch_size=2)
+    body.prune_intermediate_layers([1])
+    body.stages[0].downsample = nn.Identity()  # which timm puts behind a stem of stride 2
+    return Peer(body, 96, classes)
+
+
+def vit(classes: int) -> Peer:
+    """Four layers on 4 x 4 px; its table of positions is resampled for maps of other sizes."""
+    from timm.models.vision_transformer import VisionTransformer
+
+    options = dict(img_size=32, patch_size=4, dynamic_img_size=True, class_token=False, global_pool="avg")
+    return Peer(VisionTransformer(**options, embed_dim=75, depth=4, num_heads=5, mlp_ratio=2), 75, classes)
+
+
 def _msa(**options) -> Callable:
     return lambda channels, i: MSAConv2d(
         channels, channels, **{"kernel_size": 3, "groups": channels // HEAD, **options}
     )
 
 
-PLAIN = dict(cyclic_shift=False, inter_pool=False)
+def _second(first: Callable, second: Callable) -> Callable:
+    """`second` in every second block, `first` in the others."""
+    return lambda channels, i: (second if i % 2 else first)(channels, i)
+
+
+def _plain(attention: Callable | None = None, **fields) -> Callable:
+    """Makes a `Net` without the two mechanisms, where `attention` does not bring them."""
+    return lambda classes: Net(classes, attention, **{"cyclic_shift": False, "inter_pool": False, **fields})
+
+
 ABLATION = {
-    "plain": lambda n: Net(n, **PLAIN),
-    "shift": lambda n: Net(n, cyclic_shift=True, inter_pool=False),
-    "pool": lambda n: Net(n, cyclic_shift=False, inter_pool=True),
-    "shift + pool": lambda n: Net(n),
-    "Swin windows of 4": lambda n: Net(n, lambda c, i: Windows(c, 4, i % 2 == 1), **PLAIN),
-    "global attention": lambda n: Net(n, lambda c, i: Global(c), **PLAIN),
-    "global attention, table": lambda n: Net(n, lambda c, i: Global(c), position="table", **PLAIN),
-    "depthwise convolution": lambda n: Net(n, lambda c, i: Depthwise(c, 3), mlp_ratio=5.3, **PLAIN),
-    "no position convolution": lambda n: Net(n, position="", **PLAIN),
-    "k = 5": lambda n: Net(n, kernel_size=5, **PLAIN),
-    "k = 7": lambda n: Net(n, kernel_size=7, **PLAIN),
-    "groups = 1": lambda n: Net(n, _msa(groups=1), **PLAIN),
-    "groups = C": lambda n: Net(n, lambda c, i: MSAConv2d(c, c, 3, groups=c), **PLAIN),
-    "dilation 2 in every second block": lambda n: Net(n, lambda c, i: _msa(dilation=1 + i % 2)(c, i), **PLAIN),
+    "plain": _plain(),
+    "shift": _plain(cyclic_shift=True),
+    "pool": _plain(inter_pool=True),
+    "shift + pool": Net,
+    "depthwise convolution": _plain(lambda c, i: Depthwise(c, 3), mlp_ratio=3.5),
+    "Swin windows of 4": _plain(lambda c, i: Windows(c, 4, i % 2 == 1)),
+    "neighbourhood attention": _plain(lambda c, i: Neighbourhood(c, 3)),
+    "global attention": _plain(lambda c, i: Global(c)),
+    "no position convolution": _plain(position=""),
+    "shift + pool, no position convolution": lambda n: Net(n, position=""),
+    "k = 5": _plain(kernel_size=5),
+    "k = 7": _plain(kernel_size=7),
+    "groups = 1": _plain(_msa(groups=1)),
+    "groups = C": _plain(lambda c, i: MSAConv2d(c, c, 3, groups=c)),
+    "dilation 2 in every second block": _plain(lambda c, i: _msa(dilation=1 + i % 2)(c, i)),
 }
-LENGTH = {  # of the cyclic shift, in every block
-    "no shift": ABLATION["plain"],
-    **{
-        f"shift {length}": lambda n, length=length: Net(
-            n, lambda c, i: _msa(cyclic_shift=length, turn=i)(c, i), **PLAIN
-        )
-        for length in (1, 2, 3)
-    },
-    "shift 2, every second block": lambda n: Net(
-        n, lambda c, i: _msa(cyclic_shift=2 * (i % 2), turn=i // 2)(c, i), **PLAIN
-    ),
+SHIFT = {
+    "plain": _plain(),
+    "a: heads, centre and diagonals, 1": _plain(lambda c, i: _msa(cyclic_shift=1, turn=i)(c, i)),
+    "a: heads, centre and diagonals, 2": _plain(lambda c, i: _msa(cyclic_shift=2, turn=i)(c, i)),
+    "a: heads, centre and diagonals, 3": _plain(lambda c, i: _msa(cyclic_shift=3, turn=i)(c, i)),
+    "b: every second block, 2": _plain(_second(_msa(), lambda c, i: Displaced(c, 2))),
+    "c: channels, 2": _plain(lambda c, i: ChannelShift(c, c, 3, groups=c // HEAD)),
+    "d: near and displaced in one softmax, 2": _plain(lambda c, i: Union(c, displaced=2, turn=i)),
+    "d: near and displaced in one softmax, 3": _plain(lambda c, i: Union(c, displaced=3, turn=i)),
+    "d, every second block, 3": _plain(_second(_msa(), lambda c, i: Union(c, displaced=3, turn=i))),
 }
-STUDIES = {"ablation": ABLATION, "shift": LENGTH, "lr": {"Swin windows of 4": ABLATION["Swin windows of 4"]}}
+POOL = {
+    "plain": _plain(),
+    "a: every second block, 2 x 2": _plain(_second(_msa(), _msa(inter_pool=2))),
+    "a: every second block, 4 x 4": _plain(_second(_msa(), _msa(inter_pool=4))),
+    "b: pooled branch, 2 x 2": _plain(lambda c, i: PooledBranch(c), mlp_ratio=2.5),
+    "c: near and pooled in one softmax, 2 x 2": _plain(lambda c, i: Union(c, pooled=2)),
+    "c: near and pooled in one softmax, 4 x 4": _plain(lambda c, i: Union(c, pooled=4)),
+    "c, every second block, 2 x 2": _plain(_second(_msa(), lambda c, i: Union(c, pooled=2))),
+    "c, every second block, 4 x 4": _plain(_second(_msa(), lambda c, i: Union(c, pooled=4))),
+}
+BOTH = {
+    "plain": _plain(),
+    "a and a": Net,
+    "near and displaced pooled in one softmax, 1": _plain(lambda c, i: Union(c, displaced=1, turn=i, pooled=2)),
+    "near and displaced pooled in one softmax, 2": _plain(lambda c, i: Union(c, displaced=2, turn=i, pooled=2)),
+}
+PEERS = {"TiC": Net, "Swin": swin, "ConvNeXt": convnext, "ViT": vit}
+STUDIES = {
+    "ablation": ABLATION,
+    "shift": SHIFT,
+    "pool": POOL,
+    "both": BOTH,
+    "peers": PEERS,
+    "lr": {"Swin": swin},
+}
