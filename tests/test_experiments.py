@@ -79,6 +79,19 @@ def test_pictures_are_cropped_and_scaled_once(data, tmp_path):
     assert all(np.array_equal(again[name], read[name]) for name in read)
 
 
+def test_a_neighbourhood_stays_whole_inside_of_the_map():
+    layer = contestants.Neighbourhood(16, 3)
+    square = lambda rows, cols: {(i, j) for i in rows for j in cols}  # noqa: E731
+    assert seen_from(layer, 8, (4, 5)) == square(range(3, 6), range(4, 7))
+    assert seen_from(layer, 8, (0, 7)) == square(range(3), range(5, 8))
+    assert seen_from(layer, 2, (0, 1)) == square(range(2), range(2))
+
+
+def test_displaced_windows_all_lie_along_the_diagonals():
+    layer = contestants.Displaced(64, 2)
+    assert [layer.shifts[4 * head // 4] for head in range(4)] == [(-2, -2), (2, 2), (-2, 2), (2, -2)]
+
+
 def test_a_stopped_run_goes_on_to_the_same_end(data, tmp_path, monkeypatch):
     whole = runner.train(job(data, tmp_path))
     accuracy, calls = runner.accuracy, []
@@ -119,6 +132,48 @@ def test_a_mosaic_has_the_class_of_each_picture_where_the_picture_lies():
     assert found.shape == (8, 8) and torch.equal(found.argmax(1), target)
 
 
+def test_padding_lies_below_and_right_and_does_not_count():
+    seen = []
+
+    def knows(x):
+        seen.append(x)
+        return torch.nn.functional.one_hot(x[:, 0, ::4, ::4].long(), 9).permute(0, 3, 1, 2).float()
+
+    x, y = runner.task(torch.arange(1.0, 9).reshape(8, 1, 1, 1).expand(8, 3, 8, 8), torch.arange(1, 9), 2)
+    found, target = runner.scores(knows, x, y, padding=6)
+    assert seen[0].shape == (2, 3, 22, 22) and not seen[0][:, :, 16:].any() and not seen[0][:, :, :, 16:].any()
+    assert len(target) == 2 * 4 * 4 and torch.equal(found.argmax(1), target)
+
+
+def attend_to_a_union(layer, x):
+    """Union's definition: gather both windows of every query with unfold, then one softmax over them."""
+    q, scores, values = layer.q(x), [], []
+    n, c, h, w = q.shape
+    for ratio, shifts in layer.windows:
+        pooled = torch.nn.functional.avg_pool2d(x, ratio, ceil_mode=True, count_include_pad=False)
+        parts = []
+        for part in layer.kv(pooled).chunk(2, 1):
+            heads = zip(part.chunk(layer.groups, 1), shifts)
+            part = torch.cat([head.roll((-down, -right), (2, 3)) for head, (down, right) in heads], 1)
+            part = torch.nn.functional.unfold(part, 3, padding=1).reshape(n, layer.groups, 16, 9, *pooled.shape[2:])
+            parts.append(part.repeat_interleave(ratio, 4).repeat_interleave(ratio, 5)[..., :h, :w])
+        scores.append((q.reshape(n, layer.groups, 16, 1, h, w) * parts[0]).sum(2) / 4)
+        values.append(parts[1])
+    weights = torch.cat(scores, 2).softmax(2)
+    return layer.proj((weights[:, :, None] * torch.cat(values, 3)).sum(3).reshape(n, c, h, w))
+
+
+@pytest.mark.parametrize("windows", [dict(displaced=2, turn=1), dict(pooled=2), dict(displaced=1, turn=3, pooled=2)])
+def test_two_windows_share_one_softmax(windows):
+    torch.manual_seed(0)
+    layer, x = contestants.Union(96, **windows), torch.randn(2, 96, 7, 9, requires_grad=True)
+    out, expected = layer(x), attend_to_a_union(layer, x)
+    assert torch.allclose(out, expected, atol=1e-5)
+    grad, leaves = torch.randn_like(out), [x, *layer.parameters()]
+    found, wanted = (torch.autograd.grad(o, leaves, grad) for o in (out, expected))
+    assert all(torch.allclose(f, g, atol=1e-4, rtol=1e-4) for f, g in zip(found, wanted))
+
+
 def test_crops_hold_the_picture_and_zeros():
     x = torch.ones(64, 1, 16, 16)
     crops = runner.augment(x, torch.Generator().manual_seed(0))
@@ -150,13 +205,22 @@ def test_at_its_own_size_a_network_scores_what_it_did_after_training(data, tmp_p
         finals[mosaic] = trained["final"]
     weights = [tmp_path / f"{mosaic}.weights.pth" for mosaic in (1, 2)]
     command = ["tools/experiments/resolution.py", *weights, "--data", data, "--out", tmp_path / "r.jsonl"]
-    status, out, err = run(*command, "--scales", 0.5, 1)
+    command += ["--scales", 0.5, 1, "--pads", 0.25]
+    status, out, err = run(*command)
     assert status == 0, err
     lines = [json.loads(line) for line in (tmp_path / "r.jsonl").read_text().splitlines()]
-    assert {line["mosaic"]: line["accuracy"] for line in lines if line["scale"] == 1} == finals
-    assert sorted(line["scale"] for line in lines) == [0.5, 0.5, 1, 1]
-    assert out.count("| shift + pool | ") == 2
-    assert run(*command, "--scales", 0.5, 1)[1] == out and len((tmp_path / "r.jsonl").read_text().splitlines()) == 4
+    assert {line["mosaic"]: line["accuracy"] for line in lines if line["scale"] == 1 and not line["pad"]} == finals
+    assert sorted((line["scale"], line["pad"]) for line in lines) == [
+        (0.5, 0),
+        (0.5, 0),
+        (1, 0),
+        (1, 0),
+        (1, 0.25),
+        (1, 0.25),
+    ]
+    assert all(0 <= line["changed"] <= 1 for line in lines if line["pad"])
+    assert out.count("| shift + pool | ") == 4
+    assert run(*command)[1] == out and len((tmp_path / "r.jsonl").read_text().splitlines()) == 6
 
 
 @pytest.mark.heavy

@@ -12,6 +12,7 @@ from tic_backbone.ops import native
 from tic_backbone.tic import Block, _init
 
 CHANNELS, DEPTHS, HEAD = (32, 96), (2, 2), 16
+STRIDE = 4  # of every contestant's last map
 
 
 class Net(nn.Module):
@@ -136,7 +137,9 @@ class Union(MSAConv2d):
     those of the tokens averaged over cells of `pooled` a side.
     """
 
-    def __init__(self, channels: int, kernel_size: int = 3, *, displaced: int = 0, turn: int = 0, pooled: int = 1) -> None:
+    def __init__(
+        self, channels: int, kernel_size: int = 3, *, displaced: int = 0, turn: int = 0, pooled: int = 1
+    ) -> None:
         super().__init__(channels, channels, kernel_size, groups=channels // HEAD)
         none = ((0, 0),) * self.groups
         directions = cyclic_shifts(self.groups, 1, turn)
@@ -212,7 +215,9 @@ class PooledBranch(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.near, self.far = (MSAConv2d(channels, channels // 2, 3, groups=max(channels // 2 // HEAD, 1)) for _ in "nf")
+        self.near, self.far = (
+            MSAConv2d(channels, channels // 2, 3, groups=max(channels // 2 // HEAD, 1)) for _ in "nf"
+        )
         self.proj = Linear2d(channels // 2, channels)
         self.near.proj = self.far.proj = nn.Identity()
 
@@ -330,7 +335,7 @@ POOL = {
     "plain": _plain(),
     "a: every second block, 2 x 2": _plain(_second(_msa(), _msa(inter_pool=2))),
     "a: every second block, 4 x 4": _plain(_second(_msa(), _msa(inter_pool=4))),
-    "b: pooled branch, 2 x 2": _plain(lambda c, i: PooledBranch(c), mlp_ratio=2.5),
+    "b: pooled branch, 2 x 2": _plain(lambda c, i: PooledBranch(c), mlp_ratio=2.4),
     "c: near and pooled in one softmax, 2 x 2": _plain(lambda c, i: Union(c, pooled=2)),
     "c: near and pooled in one softmax, 4 x 4": _plain(lambda c, i: Union(c, pooled=4)),
     "c, every second block, 2 x 2": _plain(_second(_msa(), lambda c, i: Union(c, pooled=2))),

@@ -2,8 +2,9 @@
 
     python tools/experiments/resolution.py work_dirs/experiments/*.weights.pth --data cifar10.zip --scales 0.5 1 2 4
 
-The test pictures are scaled from their own size to --scales times the size of training. Adds a line of JSON for each
-network and size to --out, and prints the table of all its lines.
+The test pictures are scaled from their own size to --scales times the size of training. With --pads they also lie, at
+the size of training, in a canvas that is larger by those shares, as in a batch with larger pictures. Adds a line of
+JSON for each network and condition to --out, and prints the tables of all its lines.
 """
 
 import argparse
@@ -11,8 +12,7 @@ import json
 import statistics
 from pathlib import Path
 
-import torch
-from run import KEY, accuracy, pictures, trained
+from run import KEY, accuracy, pictures, predictions, trained
 from tqdm import tqdm
 
 
@@ -21,20 +21,20 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("weights", type=Path, nargs="+")
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--scales", type=float, nargs="+", default=[0.5, 0.75, 1, 1.5, 2, 3, 4])
+    parser.add_argument("--pads", type=float, nargs="*", default=[], help="for example 0.25, of the picture's side")
     parser.add_argument("--part", type=int, default=1, help="test on every so many-th picture (default: on all)")
     parser.add_argument("--out", type=Path, default=Path("work_dirs/experiments/resolution.jsonl"))
     return parser.parse_args()
 
 
-def table(lines: list[dict]) -> str:
-    """Top-1 in percent, the mean over seeds, of each contestant at each scale."""
-    scales = sorted({line["scale"] for line in lines})
-    names = dict.fromkeys((line["contestant"], line["mosaic"]) for line in lines)
-    text = "| contestant | mosaic | seeds | " + " | ".join(f"x {scale:g}" for scale in scales) + " |\n"
-    text += "|---" * (len(scales) + 3) + "|\n"
-    for name in names:
+def table(lines: list[dict], condition: str, value: str, unit: str) -> str:
+    """Of each contestant the mean over seeds of `value`, in percent, over the values of `condition`."""
+    columns = sorted({line[condition] for line in lines})
+    text = "| contestant | mosaic | seeds | " + " | ".join(unit.format(column) for column in columns) + " |\n"
+    text += "|---" * (len(columns) + 3) + "|\n"
+    for name in dict.fromkeys((line["contestant"], line["mosaic"]) for line in lines):
         own = [line for line in lines if (line["contestant"], line["mosaic"]) == name]
-        found = ([100 * line["accuracy"] for line in own if line["scale"] == scale] for scale in scales)
+        found = ([100 * line[value] for line in own if line[condition] == column] for column in columns)
         cells = [f"{statistics.mean(tops):.1f}" if tops else "" for tops in found]
         seeds = len({line["seed"] for line in own})
         text += f"| {name[0]} | {name[1]} | {seeds} | " + " | ".join(cells) + " |\n"
@@ -45,24 +45,28 @@ def main() -> None:
     args = parse_args()
     args.out.parent.mkdir(parents=True, exist_ok=True)
     lines = [json.loads(line) for line in args.out.read_text().splitlines()] if args.out.exists() else []
-    known = {tuple(line[k] for k in (*KEY, "scale", "part")) for line in lines}
+    known = {tuple(line[k] for k in (*KEY, "scale", "pad", "part")) for line in lines}
     with args.out.open("a") as file:
         for path in tqdm(args.weights):
             run, model = trained(path)
-            for scale in args.scales:
-                line = {**run, "scale": scale, "part": args.part}
+            for scale, pad in [*((scale, 0.0) for scale in args.scales), *((1.0, pad) for pad in args.pads)]:
+                line = {**run, "scale": scale, "pad": pad, "part": args.part}
                 if tuple(line.values()) in known:
                     continue
                 side = round(run["side"] * scale)
                 data = pictures(args.data, side, args.out.parent / f"{args.data.stem}-test-{side}.npz", ("test",))
-                x, y = (data[f"test_{name}"][:: args.part] for name in "xy")
-                line["accuracy"] = accuracy(model, x, y, run["mosaic"])
+                given = [data[f"test_{name}"][:: args.part] for name in "xy"] + [run["mosaic"]]
+                found, true = predictions(model, *given, padding=round(side * run["mosaic"] * pad))
+                line["accuracy"] = accuracy(found, true)
+                if pad:
+                    line["changed"] = 1 - accuracy(found, predictions(model, *given)[0])
                 lines.append(line)
                 file.write(json.dumps(line) + "\n")
                 file.flush()
-    print(table(lines))
+    print(f"Top-1, %\n\n{table([line for line in lines if not line['pad']], 'scale', 'accuracy', 'x {:g}')}")
+    if padded := [line for line in lines if line["pad"]]:
+        print(f"Predictions that padding changes, %\n\n{table(padded, 'pad', 'changed', 'padded {:.0%}')}")
 
 
 if __name__ == "__main__":
-    torch.set_grad_enabled(False)
     main()

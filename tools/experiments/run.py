@@ -27,7 +27,7 @@ from PIL import Image
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent))
-from contestants import STUDIES
+from contestants import STRIDE, STUDIES
 
 SETTINGS = ("data", "side", "mosaic", "epochs", "steps", "batch", "lr")
 KEY = ("study", "contestant", "seed", *SETTINGS)  # what a run is
@@ -114,9 +114,16 @@ def task(x: torch.Tensor, y: torch.Tensor, mosaic: int) -> tuple[torch.Tensor, t
     return x.flatten(4, 5).flatten(2, 3), y
 
 
-def scores(model: torch.nn.Module, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """What is compared: (M, classes) and (M,), for every token of a mosaic or once for a picture that fills the map."""
-    out = model(x)
+def scores(
+    model: torch.nn.Module, x: torch.Tensor, y: torch.Tensor, padding: int = 0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What is compared: (M, classes) and (M,), for every token of a mosaic or once for a picture that fills the map.
+
+    With `padding`, so many rows and columns of zeros lie below and right of x, as in a batch with larger pictures; the
+    tokens there do not count.
+    """
+    out = model(F.pad(x, (0, padding, 0, padding)))
+    out = out[:, :, : -(-x.shape[2] // STRIDE), : -(-x.shape[3] // STRIDE)]
     if y.shape[-1] == 1:
         return out.mean((2, 3)), y.flatten()
     y = y.repeat_interleave(out.shape[2] // y.shape[1], 1).repeat_interleave(out.shape[3] // y.shape[2], 2)
@@ -124,16 +131,23 @@ def scores(model: torch.nn.Module, x: torch.Tensor, y: torch.Tensor) -> tuple[to
 
 
 @torch.no_grad()
-def accuracy(model: torch.nn.Module, x: np.ndarray, y: np.ndarray, mosaic: int) -> float:
+def predictions(
+    model: torch.nn.Module, x: np.ndarray, y: np.ndarray, mosaic: int, padding: int = 0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The predicted and the true class of all that is compared, (M,) each."""
     model.eval()
     order = np.random.default_rng(0).permutation(len(x))  # mosaics of many classes, the same for all contestants
-    right = total = 0
+    found = []
     for picked in np.array_split(order[: len(x) // mosaic**2 * mosaic**2].reshape(-1, mosaic**2), -(-len(x) // 400)):
         picked = picked.flatten()
-        out, target = scores(model, *task(to_batch(x[picked]), torch.from_numpy(y[picked]), mosaic))
-        right, total = right + (out.argmax(1) == target).sum().item(), total + len(target)
+        out, target = scores(model, *task(to_batch(x[picked]), torch.from_numpy(y[picked]), mosaic), padding)
+        found.append((out.argmax(1), target))
     model.train()
-    return right / total
+    return tuple(torch.cat(part) for part in zip(*found))
+
+
+def accuracy(predicted: torch.Tensor, true: torch.Tensor) -> float:
+    return (predicted == true).double().mean().item()
 
 
 def train(job: dict) -> dict:
@@ -169,8 +183,10 @@ def train(job: dict) -> dict:
             schedule.step()
             losses.append(loss.item())
         seconds += time.process_time() - start
-        part = slice(None) if epoch + 1 == job["epochs"] else slice(None, None, 10)  # on the way, of every tenth picture
-        tested = accuracy(model, data["test_x"][part], data["test_y"][part], job["mosaic"])
+        part = (
+            slice(None) if epoch + 1 == job["epochs"] else slice(None, None, 10)
+        )  # on the way, of every tenth picture
+        tested = accuracy(*predictions(model, data["test_x"][part], data["test_y"][part], job["mosaic"]))
         curve.append([round(sum(losses) / len(losses), 4), tested])
         if not math.isfinite(curve[-1][0]):
             break
