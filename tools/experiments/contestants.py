@@ -211,7 +211,7 @@ class ChannelShift(MSAConv2d):
 
 
 class PooledBranch(nn.Module):
-    """MSA-Conv, and to its result added what a second MSA-Conv makes of the tokens averaged 2 x 2, each half as wide."""
+    """MSA-Conv, and to its result added what a second one makes of tokens averaged 2 x 2, each half as wide."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -234,7 +234,7 @@ class Neighbourhood(Attention):
         self.kernel_size = kernel_size
 
     def attend(self, qkv: torch.Tensor) -> torch.Tensor:
-        n, h, w, _ = qkv.shape
+        h, w = qkv.shape[1:3]
         rows, columns = (self._inside(size) for size in (h, w))  # (size, k): which tokens each one's window holds
         keys = (rows[:, None, :, None] * w + columns[None, :, None, :]).flatten(2).flatten(0, 1)  # (H * W, k^2)
         q, k, v = qkv.flatten(1, 2).unflatten(2, (3, -1, HEAD)).unbind(2)  # (N, H * W, heads, 16)
