@@ -14,13 +14,16 @@ sys.path.insert(0, str(ROOT / "tools" / "experiments"))
 import contestants
 import run as runner
 
-NETS = {(study, name): make for study, nets in contestants.STUDIES.items() for name, make in nets.items()}
+
+def test_studies_name_contestants_and_leave_none_out():
+    named = [name for names in contestants.STUDIES.values() for name in names]
+    assert set(named) == contestants.CONTESTANTS.keys()
 
 
-@pytest.mark.parametrize(("study", "name"), NETS)
-def test_contestants_are_of_one_size_and_learn_with_every_weight(study, name):
+@pytest.mark.parametrize("name", contestants.CONTESTANTS)
+def test_contestants_are_of_one_size_and_learn_with_every_weight(name):
     torch.manual_seed(0)
-    plain, net = contestants.ABLATION["plain"](10), NETS[study, name](10)
+    plain, net = contestants.CONTESTANTS["plain"](10), contestants.CONTESTANTS[name](10)
     sizes = [sum(p.numel() for p in model.parameters()) for model in (net, plain)]
     assert abs(sizes[0] / sizes[1] - 1) < 0.05
     net(torch.randn(2, 3, 32, 32)).square().sum().backward()
@@ -62,9 +65,7 @@ def data(tmp_path):
 
 
 def job(data, tmp_path, **changes):
-    settings = dict(
-        study="ablation", contestant="shift + pool", seed=3, data="data", side=32, epochs=3, steps=2, mosaic=1
-    )
+    settings = dict(contestant="TiC", seed=3, data="data", side=32, epochs=3, steps=2, mosaic=1)
     paths = dict(source=str(data), cache=str(tmp_path / "c.npz"), checkpoint=str(tmp_path / "k.pth"), commit="-")
     return {**settings, **paths, "steps": 2, "batch": 8, "lr": 1e-2, **changes}
 
@@ -184,16 +185,17 @@ def test_crops_hold_the_picture_and_zeros():
 @pytest.mark.heavy
 def test_command_keeps_one_line_a_run_and_runs_nothing_twice(data, tmp_path):
     command = ["tools/experiments/run.py", "ablation", "--data", data, "--out", tmp_path / "r.jsonl"]
-    command += ["--only", "plain", "--seeds", 0, 1, "--epochs", 1, "--steps", 1, "--batch", 4]
+    command += ["--only", "plain", "k = 5", "--seeds", 0, 1, "--epochs", 1, "--steps", 1, "--batch", 4]
     for _ in range(2):
         status, _, err = run(*command)
         assert status == 0, err
         lines = [json.loads(line) for line in (tmp_path / "r.jsonl").read_text().splitlines()]
-        assert [(line["contestant"], line["seed"]) for line in lines] == [("plain", 0), ("plain", 1)]
+        runs = [(line["contestant"], line["seed"]) for line in lines]
+        assert runs == [("plain", 0), ("k = 5", 0), ("plain", 1), ("k = 5", 1)]
     status, _, err = run("tools/experiments/report.py", tmp_path / "r.jsonl", "--out", tmp_path / "report")
     assert status == 0, err
     assert "| plain | 2 |" in (tmp_path / "report" / "ablation.md").read_text()
-    assert (tmp_path / "report" / "ablation.png").stat().st_size > 1000
+    assert (tmp_path / "report" / "ablation-1.png").stat().st_size > 1000
 
 
 @pytest.mark.heavy
@@ -219,7 +221,7 @@ def test_at_its_own_size_a_network_scores_what_it_did_after_training(data, tmp_p
         (1, 0.25),
     ]
     assert all(0 <= line["changed"] <= 1 for line in lines if line["pad"])
-    assert out.count("| shift + pool | ") == 4
+    assert out.count("| TiC | ") == 4
     assert run(*command)[1] == out and len((tmp_path / "r.jsonl").read_text().splitlines()) == 6
 
 

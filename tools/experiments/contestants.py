@@ -19,21 +19,29 @@ class Net(nn.Module):
     """(N, 3, H, W) to scores (N, classes, H / 4, W / 4): a stem of stride 2, two stages of blocks, a linear layer."""
 
     def __init__(
-        self, classes: int, attention: Callable | None = None, *, position: str = "convolution", **fields
+        self,
+        classes: int,
+        attention: Callable | None = None,
+        *,
+        position: str = "convolution",
+        overlap: bool = True,
+        **fields,
     ) -> None:
         """`attention(channels, index)` makes what stands in for a block's MSA-Conv; `fields` are `TiCConfig`'s.
 
-        Positions come from a "convolution" in every block, a "table" after the stem, or from nothing ("").
+        Positions come from a "convolution" in every block or from nothing (""). Without `overlap` the map is halved by
+        a convolution of 2 x 2.
         """
         super().__init__()
         options = dict(channels=CHANNELS, depths=DEPTHS, out_indices=(1,), head_dim=HEAD, kernel_size=3, mlp_ratio=2)
         config = TiCConfig(**{**options, **fields})
         layers: list[nn.Module] = [nn.Conv2d(3, CHANNELS[0], 3, stride=2, padding=1), LayerNorm2d(CHANNELS[0])]
-        if position == "table":
-            layers.append(Table(CHANNELS[0], 16))
         for stage, (channels, depth) in enumerate(zip(config.channels, config.depths)):
-            if stage:
+            if stage and overlap:
                 layers.append(downsample(config.channels[stage - 1], channels))
+            elif stage:
+                before = config.channels[stage - 1]
+                layers += LayerNorm2d(before), nn.Conv2d(before, channels, 2, stride=2)
             for i in range(depth):
                 block = Block(channels, config, depth=sum(DEPTHS[:stage]) + i, index=i, drop_path=0.0)
                 if attention:
@@ -47,17 +55,6 @@ class Net(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.head(self.features(x.contiguous(memory_format=torch.channels_last)))
-
-
-class Table(nn.Module):
-    """Adds a learned table of positions, which maps of other sizes than its own get resampled."""
-
-    def __init__(self, channels: int, side: int) -> None:
-        super().__init__()
-        self.table = nn.Parameter(0.02 * torch.randn(1, channels, side, side))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x + F.interpolate(self.table, x.shape[2:], mode="bicubic", align_corners=False)
 
 
 class Attention(nn.Module):
@@ -303,56 +300,54 @@ def _plain(attention: Callable | None = None, **fields) -> Callable:
     return lambda classes: Net(classes, attention, **{"cyclic_shift": False, "inter_pool": False, **fields})
 
 
-ABLATION = {
+CONTESTANTS: dict[str, Callable[[int], nn.Module]] = {  # from a number of classes to a network
     "plain": _plain(),
-    "shift": _plain(cyclic_shift=True),
-    "pool": _plain(inter_pool=True),
-    "shift + pool": Net,
+    "shift a, 1": _plain(lambda c, i: _msa(cyclic_shift=1, turn=i)(c, i)),
+    "shift a, 2": _plain(lambda c, i: _msa(cyclic_shift=2, turn=i)(c, i)),
+    "shift a, 3": _plain(lambda c, i: _msa(cyclic_shift=3, turn=i)(c, i)),
+    "shift b, 2": _plain(_second(_msa(), lambda c, i: Displaced(c, 2))),
+    "shift c, 2": _plain(lambda c, i: ChannelShift(c, c, 3, groups=c // HEAD)),
+    "shift d, 2": _plain(lambda c, i: Union(c, displaced=2, turn=i)),
+    "shift d, 3": _plain(lambda c, i: Union(c, displaced=3, turn=i)),
+    "shift d, 3, every second block": _plain(_second(_msa(), lambda c, i: Union(c, displaced=3, turn=i))),
+    "pool a, 2": _plain(_second(_msa(), _msa(inter_pool=2))),
+    "pool a, 4": _plain(_second(_msa(), _msa(inter_pool=4))),
+    "pool b, 2": _plain(lambda c, i: PooledBranch(c), mlp_ratio=2.4),
+    "pool c, 2": _plain(lambda c, i: Union(c, pooled=2)),
+    "pool c, 4": _plain(lambda c, i: Union(c, pooled=4)),
+    "pool c, 2, every second block": _plain(_second(_msa(), lambda c, i: Union(c, pooled=2))),
+    "pool c, 4, every second block": _plain(_second(_msa(), lambda c, i: Union(c, pooled=4))),
+    "shift a, 2 + pool a, 2": _plain(lambda c, i: _msa(cyclic_shift=2, turn=i, inter_pool=1 + i % 2)(c, i)),
+    "shift d, 1 + pool c, 2": _plain(lambda c, i: Union(c, displaced=1, turn=i, pooled=2)),
+    "shift d, 2 + pool c, 2": _plain(lambda c, i: Union(c, displaced=2, turn=i, pooled=2)),
     "depthwise convolution": _plain(lambda c, i: Depthwise(c, 3), mlp_ratio=3.5),
     "Swin windows of 4": _plain(lambda c, i: Windows(c, 4, i % 2 == 1)),
     "neighbourhood attention": _plain(lambda c, i: Neighbourhood(c, 3)),
     "global attention": _plain(lambda c, i: Global(c)),
     "no position convolution": _plain(position=""),
-    "shift + pool, no position convolution": lambda n: Net(n, position=""),
+    "downsampling 2 x 2": _plain(overlap=False),
     "k = 5": _plain(kernel_size=5),
     "k = 7": _plain(kernel_size=7),
     "groups = 1": _plain(_msa(groups=1)),
     "groups = C": _plain(lambda c, i: MSAConv2d(c, c, 3, groups=c)),
     "dilation 2 in every second block": _plain(lambda c, i: _msa(dilation=1 + i % 2)(c, i)),
+    "TiC": Net,
+    "Swin": swin,
+    "ConvNeXt": convnext,
+    "ViT": vit,
 }
-SHIFT = {
-    "plain": _plain(),
-    "a: heads, centre and diagonals, 1": _plain(lambda c, i: _msa(cyclic_shift=1, turn=i)(c, i)),
-    "a: heads, centre and diagonals, 2": _plain(lambda c, i: _msa(cyclic_shift=2, turn=i)(c, i)),
-    "a: heads, centre and diagonals, 3": _plain(lambda c, i: _msa(cyclic_shift=3, turn=i)(c, i)),
-    "b: every second block, 2": _plain(_second(_msa(), lambda c, i: Displaced(c, 2))),
-    "c: channels, 2": _plain(lambda c, i: ChannelShift(c, c, 3, groups=c // HEAD)),
-    "d: near and displaced in one softmax, 2": _plain(lambda c, i: Union(c, displaced=2, turn=i)),
-    "d: near and displaced in one softmax, 3": _plain(lambda c, i: Union(c, displaced=3, turn=i)),
-    "d, every second block, 3": _plain(_second(_msa(), lambda c, i: Union(c, displaced=3, turn=i))),
-}
-POOL = {
-    "plain": _plain(),
-    "a: every second block, 2 x 2": _plain(_second(_msa(), _msa(inter_pool=2))),
-    "a: every second block, 4 x 4": _plain(_second(_msa(), _msa(inter_pool=4))),
-    "b: pooled branch, 2 x 2": _plain(lambda c, i: PooledBranch(c), mlp_ratio=2.4),
-    "c: near and pooled in one softmax, 2 x 2": _plain(lambda c, i: Union(c, pooled=2)),
-    "c: near and pooled in one softmax, 4 x 4": _plain(lambda c, i: Union(c, pooled=4)),
-    "c, every second block, 2 x 2": _plain(_second(_msa(), lambda c, i: Union(c, pooled=2))),
-    "c, every second block, 4 x 4": _plain(_second(_msa(), lambda c, i: Union(c, pooled=4))),
-}
-BOTH = {
-    "plain": _plain(),
-    "a and a": Net,
-    "near and displaced pooled in one softmax, 1": _plain(lambda c, i: Union(c, displaced=1, turn=i, pooled=2)),
-    "near and displaced pooled in one softmax, 2": _plain(lambda c, i: Union(c, displaced=2, turn=i, pooled=2)),
-}
-PEERS = {"TiC": Net, "Swin": swin, "ConvNeXt": convnext, "ViT": vit}
-STUDIES = {
-    "ablation": ABLATION,
-    "shift": SHIFT,
-    "pool": POOL,
-    "both": BOTH,
-    "peers": PEERS,
-    "lr": {"Swin": swin},
+SHIFTS = [name for name in CONTESTANTS if name.startswith("shift") and "+" not in name]
+POOLS = [name for name in CONTESTANTS if name.startswith("pool")]
+BOTH = [name for name in CONTESTANTS if "+" in name]
+STUDIES = {  # names of contestants; the first is what the others are compared with
+    "ablation": [
+        *("plain", "shift a, 2", "pool a, 2", "shift a, 2 + pool a, 2"),
+        *("depthwise convolution", "Swin windows of 4", "neighbourhood attention", "global attention"),
+        *("no position convolution", "downsampling 2 x 2", "k = 5", "k = 7"),
+        *("groups = 1", "groups = C", "dilation 2 in every second block"),
+    ],
+    "shift": ["plain", *SHIFTS],
+    "pool": ["plain", *POOLS],
+    "both": ["plain", *BOTH],
+    "peers": ["TiC", "Swin", "ConvNeXt", "ViT"],
 }

@@ -98,16 +98,17 @@ def main() -> None:
     args = parser.parse_args()
     runs = [SimpleNamespace(**json.loads(line)) for line in args.results.read_text().splitlines()]
     args.out.mkdir(parents=True, exist_ok=True)
-    for study in dict.fromkeys(run.study for run in runs):
-        order = {name: i for i, name in enumerate(STUDIES[study])}
-        chosen = sorted((run for run in runs if run.study == study), key=lambda run: order[run.contestant])
+    budgets = dict.fromkeys(tuple(getattr(run, key) for key in SETTINGS) for run in runs)
+    for study, names in STUDIES.items():
         text = f"# {study}\n"
-        budgets = dict.fromkeys(tuple(getattr(run, key) for key in SETTINGS) for run in chosen)
         for i, budget in enumerate(budgets):
-            found = list(rows([run for run in chosen if tuple(getattr(run, key) for key in SETTINGS) == budget]))
+            chosen = [run for run in runs if tuple(getattr(run, key) for key in SETTINGS) == budget]
+            found = list(rows([run for name in names for run in chosen if run.contestant == name]))
+            if len(found) < 2:
+                continue
             described = ", ".join(f"{key} {value}" for key, value in zip(SETTINGS, budget))
             text += f"\n{described}\n\n{table(found)}\n"
-            draw(found, described, args.out / f"{study}{f'-{i + 1}' if i else ''}.png")
+            draw(found, described, args.out / f"{study}-{i + 1}.png")
         (args.out / f"{study}.md").write_text(text)
         print(text)
 

@@ -27,19 +27,19 @@ from PIL import Image
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent))
-from contestants import STRIDE, STUDIES
+from contestants import CONTESTANTS, STRIDE, STUDIES
 
 SETTINGS = ("data", "side", "mosaic", "epochs", "steps", "batch", "lr")
-KEY = ("study", "contestant", "seed", *SETTINGS)  # what a run is
+KEY = ("contestant", "seed", *SETTINGS)  # what a run is
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("study", choices=STUDIES)
+    parser.add_argument("study", choices=[*STUDIES, "all"], nargs="?", default="all", help="whose contestants to run")
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, default=Path("work_dirs/experiments/results.jsonl"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--only", nargs="+", help="names of contestants")
+    parser.add_argument("--only", nargs="+", help="these contestants, instead of a study's")
     parser.add_argument("--side", type=int, default=32, help="of the pictures, in pixels")
     parser.add_argument("--mosaic", type=int, default=1, help="pictures in a row and in a column; 1: classify pictures")
     parser.add_argument("--epochs", type=int, default=5)
@@ -50,8 +50,8 @@ def parse_args() -> argparse.Namespace:
     args = parser.parse_args()
     if args.batch % args.mosaic**2:
         parser.error(f"{args.batch} pictures make no whole mosaics of {args.mosaic} x {args.mosaic}")
-    if unknown := set(args.only or ()) - set(STUDIES[args.study]):
-        parser.error(f"no contestant {sorted(unknown)} in {args.study}; there are {list(STUDIES[args.study])}")
+    if unknown := set(args.only or ()) - CONTESTANTS.keys():
+        parser.error(f"no contestant {sorted(unknown)}; there are {list(CONTESTANTS)}")
     return args
 
 
@@ -155,7 +155,7 @@ def train(job: dict) -> dict:
     torch.set_num_threads(1)
     data = pictures(Path(job["source"]), job["side"], Path(job["cache"]))
     torch.manual_seed(job["seed"])
-    model = STUDIES[job["study"]][job["contestant"]](int(data["train_y"].max()) + 1)
+    model = CONTESTANTS[job["contestant"]](int(data["train_y"].max()) + 1)
     matrices = [p for p in model.parameters() if p.dim() > 1]
     others = [p for p in model.parameters() if p.dim() <= 1]
     groups = [dict(params=matrices, weight_decay=0.05), dict(params=others, weight_decay=0)]
@@ -212,7 +212,7 @@ def trained(path: Path) -> tuple[dict, torch.nn.Module]:
     """What run the *.weights.pth at `path` are of, and its network, in eval mode."""
     kept = torch.load(path, weights_only=True)
     run, weights = kept["run"], kept["model"]
-    model = STUDIES[run["study"]][run["contestant"]](len(weights["head.weight"]))
+    model = CONTESTANTS[run["contestant"]](len(weights["head.weight"]))
     model.load_state_dict(weights)
     return run, model.eval()
 
@@ -239,8 +239,8 @@ def main() -> None:
     settings = {**{name: getattr(args, name) for name in SETTINGS}, "data": args.data.stem}
     jobs = []
     for seed in args.seeds:  # outermost, so that what is done of a campaign is whole rounds
-        for contestant in args.only or STUDIES[args.study]:
-            job = {"study": args.study, "contestant": contestant, "seed": seed, **settings}
+        for contestant in args.only or STUDIES.get(args.study, CONTESTANTS):
+            job = {"contestant": contestant, "seed": seed, **settings}
             if tuple(job[k] for k in KEY) not in known:
                 name = "_".join(str(job[k]) for k in KEY).replace(" ", "-").replace("/", "-")
                 checkpoint = args.out.parent / f"{name}.pth"
