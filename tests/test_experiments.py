@@ -223,6 +223,10 @@ def test_at_its_own_size_a_network_scores_what_it_did_after_training(data, tmp_p
     assert all(0 <= line["changed"] <= 1 for line in lines if line["pad"])
     assert out.count("| TiC | ") == 4
     assert run(*command)[1] == out and len((tmp_path / "r.jsonl").read_text().splitlines()) == 6
+    status, _, err = run("tools/experiments/report.py", tmp_path / "r.jsonl", "--out", tmp_path / "report")
+    assert status == 0, err
+    assert (tmp_path / "report" / "resolution.md").read_text().count("| TiC | ") == 4
+    assert (tmp_path / "report" / "resolution.png").stat().st_size > 1000
 
 
 @pytest.mark.heavy

@@ -325,7 +325,7 @@ CONTESTANTS: dict[str, Callable[[int], nn.Module]] = {  # from a number of class
     "neighbourhood attention": _plain(lambda c, i: Neighbourhood(c, 3)),
     "global attention": _plain(lambda c, i: Global(c)),
     "no position convolution": _plain(position=""),
-    "downsampling 2 x 2": _plain(overlap=False),
+    "downsampling 2 x 2": _plain(overlap=False, mlp_ratio=2.25),
     "k = 5": _plain(kernel_size=5),
     "k = 7": _plain(kernel_size=7),
     "groups = 1": _plain(_msa(groups=1)),

@@ -1,6 +1,6 @@
-"""Turn the lines of run.py into a table and a chart for every study.
+"""Turn the lines of run.py into a table and a chart for every study, those of resolution.py into one of each.
 
-    python tools/experiments/report.py work_dirs/experiments/results.jsonl --out docs/evidence
+    python tools/experiments/report.py work_dirs/experiments/*.jsonl --out docs/evidence
 
 Differences are to the study's first contestant, seed by seed, with the p of a paired t test (two-sided, not corrected
 for the number of contestants).
@@ -91,13 +91,62 @@ def draw(found: list[Row], title: str, path: Path) -> None:
     plt.close(figure)
 
 
+def resolution(lines: list[dict]) -> str:
+    """Two tables of the lines of resolution.py: accuracies over the size, and what padding changes."""
+    sizes = [line for line in lines if not line["pad"]]
+    text = f"Top-1, %\n\n{over(sizes, 'scale', 'accuracy', 'x {:g}')}"
+    if padded := [line for line in lines if line["pad"]]:
+        text += f"\nPredictions that padding changes, %\n\n{over(padded, 'pad', 'changed', 'padded {:.0%}')}"
+    return text
+
+
+def over(lines: list[dict], condition: str, value: str, unit: str) -> str:
+    """Of each contestant the mean over seeds of `value`, in percent, over the values of `condition`."""
+    columns = sorted({line[condition] for line in lines})
+    text = "| contestant | mosaic | steps | seeds | " + " | ".join(unit.format(column) for column in columns) + " |\n"
+    text += "|---" * (len(columns) + 4) + "|\n"
+    for (name, mosaic, steps), own in by_network(lines).items():
+        found = ([100 * line[value] for line in own if line[condition] == column] for column in columns)
+        cells = [f"{statistics.mean(tops):.1f}" if tops else "" for tops in found]
+        text += f"| {name} | {mosaic} | {steps} | {len({line['seed'] for line in own})} | " + " | ".join(cells) + " |\n"
+    return text
+
+
+def by_network(lines: list[dict]) -> dict[tuple[str, int, int], list[dict]]:
+    """The lines by contestant, mosaic and steps of training."""
+    found: dict[tuple[str, int, int], list[dict]] = {}
+    for line in lines:
+        found.setdefault((line["contestant"], line["mosaic"], line["epochs"] * line["steps"]), []).append(line)
+    return found
+
+
+def draw_sizes(lines: list[dict], path: Path) -> None:
+    figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
+    for (name, mosaic, _), own in by_network([line for line in lines if not line["pad"]]).items():
+        scales = sorted({line["scale"] for line in own})
+        tops = [statistics.mean(100 * line["accuracy"] for line in own if line["scale"] == scale) for scale in scales]
+        axis.plot(scales, tops, "-" if mosaic > 1 else "--", marker=".", label=f"{name}, mosaic {mosaic}")
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(scales, [f"{scale:g}" for scale in scales])
+    axis.set(xlabel="size of the pictures, in that of training", ylabel="top-1, %")
+    axis.legend(fontsize=7)
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("results", type=Path)
+    parser.add_argument("results", type=Path, nargs="+")
     parser.add_argument("--out", type=Path, default=Path("docs/evidence"))
     args = parser.parse_args()
-    runs = [SimpleNamespace(**json.loads(line)) for line in args.results.read_text().splitlines()]
+    lines = [json.loads(line) for path in args.results for line in path.read_text().splitlines()]
+    runs = [SimpleNamespace(**line) for line in lines if "scale" not in line]
     args.out.mkdir(parents=True, exist_ok=True)
+    if tested := [line for line in lines if "scale" in line]:
+        text = f"# resolution\n\n{resolution(tested)}"
+        (args.out / "resolution.md").write_text(text)
+        draw_sizes(tested, args.out / "resolution.png")
+        print(text)
     budgets = dict.fromkeys(tuple(getattr(run, key) for key in SETTINGS) for run in runs)
     for study, names in STUDIES.items():
         text = f"# {study}\n"

@@ -9,9 +9,9 @@ JSON for each network and condition to --out, and prints the tables of all its l
 
 import argparse
 import json
-import statistics
 from pathlib import Path
 
+from report import resolution
 from run import KEY, accuracy, pictures, predictions, trained
 from tqdm import tqdm
 
@@ -25,20 +25,6 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--part", type=int, default=1, help="test on every so many-th picture (default: on all)")
     parser.add_argument("--out", type=Path, default=Path("work_dirs/experiments/resolution.jsonl"))
     return parser.parse_args()
-
-
-def table(lines: list[dict], condition: str, value: str, unit: str) -> str:
-    """Of each contestant the mean over seeds of `value`, in percent, over the values of `condition`."""
-    columns = sorted({line[condition] for line in lines})
-    text = "| contestant | mosaic | seeds | " + " | ".join(unit.format(column) for column in columns) + " |\n"
-    text += "|---" * (len(columns) + 3) + "|\n"
-    for name in dict.fromkeys((line["contestant"], line["mosaic"]) for line in lines):
-        own = [line for line in lines if (line["contestant"], line["mosaic"]) == name]
-        found = ([100 * line[value] for line in own if line[condition] == column] for column in columns)
-        cells = [f"{statistics.mean(tops):.1f}" if tops else "" for tops in found]
-        seeds = len({line["seed"] for line in own})
-        text += f"| {name[0]} | {name[1]} | {seeds} | " + " | ".join(cells) + " |\n"
-    return text
 
 
 def main() -> None:
@@ -63,9 +49,7 @@ def main() -> None:
                 lines.append(line)
                 file.write(json.dumps(line) + "\n")
                 file.flush()
-    print(f"Top-1, %\n\n{table([line for line in lines if not line['pad']], 'scale', 'accuracy', 'x {:g}')}")
-    if padded := [line for line in lines if line["pad"]]:
-        print(f"Predictions that padding changes, %\n\n{table(padded, 'pad', 'changed', 'padded {:.0%}')}")
+    print(resolution(lines))
 
 
 if __name__ == "__main__":
