@@ -88,9 +88,9 @@ def test_a_neighbourhood_stays_whole_inside_of_the_map():
     assert seen_from(layer, 2, (0, 1)) == square(range(2), range(2))
 
 
-def test_displaced_windows_all_lie_along_the_diagonals():
-    layer = contestants.Displaced(64, 2)
-    assert [layer.shifts[4 * head // 4] for head in range(4)] == [(-2, -2), (2, 2), (-2, 2), (2, -2)]
+def test_diagonals_are_taken_by_turns():
+    assert contestants.diagonals(5, 2, 0) == ((-2, -2), (2, 2), (-2, 2), (2, -2), (-2, -2))
+    assert contestants.diagonals(2, 1, 3) == ((1, -1), (-1, -1))
 
 
 def test_a_stopped_run_goes_on_to_the_same_end(data, tmp_path, monkeypatch):

@@ -60,7 +60,7 @@ def test_fields_of_all_kinds_of_models_are_measured_and_drawn(photos, tmp_path, 
     import contestants
 
     weights = tmp_path / "plain.weights.pth"
-    net = contestants.ABLATION["plain"](3)
+    net = contestants.CONTESTANTS["plain"](3)
     torch.save({"run": dict(study="ablation", contestant="plain"), "model": net.state_dict()}, weights)
     models = ["configs/tic_retinanet.py", str(weights), "swin_tiny_patch4_window7_224", "resnet18"]
     status, out, err = run("tools/erf.py", *models, "--photos", photos, "--size", 64, "--out", tmp_path / "out")

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from tic_backbone import MSAConv2d, TiCConfig, msa_conv2d
-from tic_backbone.layers import DIRECTIONS, LayerNorm2d, Linear2d, cyclic_shifts, downsample, inter_pool
+from tic_backbone.layers import DIRECTIONS, LayerNorm2d, Linear2d, downsample, inter_pool
 from tic_backbone.ops import native
 from tic_backbone.tic import Block, _init
 
@@ -27,7 +27,8 @@ class Net(nn.Module):
         overlap: bool = True,
         **fields,
     ) -> None:
-        """`attention(channels, index)` makes what stands in for a block's MSA-Conv; `fields` are `TiCConfig`'s.
+        """`attention(channels, depth)` makes what stands in for the MSA-Conv of the network's block number `depth`, and
+        `fields` are `TiCConfig`'s.
 
         Positions come from a "convolution" in every block or from nothing (""). Without `overlap` the map is halved by
         a convolution of 2 x 2.
@@ -43,9 +44,10 @@ class Net(nn.Module):
                 before = config.channels[stage - 1]
                 layers += LayerNorm2d(before), nn.Conv2d(before, channels, 2, stride=2)
             for i in range(depth):
-                block = Block(channels, config, depth=sum(DEPTHS[:stage]) + i, index=i, drop_path=0.0)
+                d = sum(DEPTHS[:stage]) + i
+                block = Block(channels, config, depth=d, index=i, drop_path=0.0)
                 if attention:
-                    block.attn = attention(channels, i)
+                    block.attn = attention(channels, d)
                 if position != "convolution":
                     block.pos = nn.Identity()
                 layers.append(block)
@@ -127,6 +129,12 @@ class Depthwise(nn.Module):
         return self.proj(self.conv(x))
 
 
+def diagonals(heads: int, length: int, turn: int) -> tuple[tuple[int, int], ...]:
+    """Of each head a displacement along one of the four diagonals, by turns."""
+    steps = [DIRECTIONS[1 + (head + turn) % 4] for head in range(heads)]
+    return tuple((length * down, length * right) for down, right in steps)
+
+
 class Union(MSAConv2d):
     """MSA-Conv in which each head's own window and a second one share one softmax.
 
@@ -138,10 +146,7 @@ class Union(MSAConv2d):
         self, channels: int, kernel_size: int = 3, *, displaced: int = 0, turn: int = 0, pooled: int = 1
     ) -> None:
         super().__init__(channels, channels, kernel_size, groups=channels // HEAD)
-        none = ((0, 0),) * self.groups
-        directions = cyclic_shifts(self.groups, 1, turn)
-        far = [DIRECTIONS[1 + i % 4] if d == (0, 0) else d for i, d in enumerate(directions)]
-        self.windows = (1, none), (pooled, tuple((displaced * down, displaced * right) for down, right in far))
+        self.windows = (1, ((0, 0),) * self.groups), (pooled, diagonals(self.groups, displaced, turn))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         pairs = []
@@ -183,14 +188,13 @@ class SharedSoftmax(torch.autograd.Function):
 class Displaced(MSAConv2d):
     """MSA-Conv whose heads all look along the diagonals, none straight ahead."""
 
-    def __init__(self, channels: int, length: int) -> None:
+    def __init__(self, channels: int, length: int, turn: int) -> None:
         super().__init__(channels, channels, 3, groups=channels // HEAD)
-        self.shifts = [(length * down, length * right) for down, right in DIRECTIONS[1:]]
+        self.shifts = diagonals(self.groups, length, turn)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        shifts = [self.shifts[4 * head // self.groups] for head in range(self.groups)]
         k, v = self.kv(x).chunk(2, 1)
-        return self.proj(msa_conv2d(self.q(x), k, v, self.kernel_size, groups=self.groups, shifts=shifts))
+        return self.proj(msa_conv2d(self.q(x), k, v, self.kernel_size, groups=self.groups, shifts=self.shifts))
 
 
 class ChannelShift(MSAConv2d):
@@ -270,7 +274,7 @@ def swin(classes: int) -> Peer:
 def convnext(classes: int) -> Peer:
     from timm.models.convnext import ConvNeXt
 
-    body = ConvNeXt(depths=(2, 2, 1, 1), dims=(32, 96, 96, 96), patch_size=2)
+    body = ConvNeXt(depths=(2, 2, 1, 1), dims=(32, 96, 96, 96), patch_size=2, ls_init_value=None)
     body.prune_intermediate_layers([1])
     body.stages[0].downsample = nn.Identity()  # which timm puts behind a stem of stride 2
     return Peer(body, 96, classes)
@@ -305,7 +309,7 @@ CONTESTANTS: dict[str, Callable[[int], nn.Module]] = {  # from a number of class
     "shift a, 1": _plain(lambda c, i: _msa(cyclic_shift=1, turn=i)(c, i)),
     "shift a, 2": _plain(lambda c, i: _msa(cyclic_shift=2, turn=i)(c, i)),
     "shift a, 3": _plain(lambda c, i: _msa(cyclic_shift=3, turn=i)(c, i)),
-    "shift b, 2": _plain(_second(_msa(), lambda c, i: Displaced(c, 2))),
+    "shift b, 2": _plain(_second(_msa(), lambda c, i: Displaced(c, 2, i // 2))),
     "shift c, 2": _plain(lambda c, i: ChannelShift(c, c, 3, groups=c // HEAD)),
     "shift d, 2": _plain(lambda c, i: Union(c, displaced=2, turn=i)),
     "shift d, 3": _plain(lambda c, i: Union(c, displaced=3, turn=i)),
