@@ -1,7 +1,9 @@
 """tools/experiments: that contestants differ in the one thing they are named for, and that runs can be trusted."""
 
 import json
+import shutil
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -91,6 +93,27 @@ def test_a_neighbourhood_stays_whole_inside_of_the_map():
 def test_diagonals_are_taken_by_turns():
     assert contestants.diagonals(5, 2, 0) == ((-2, -2), (2, 2), (-2, 2), (2, -2), (-2, -2))
     assert contestants.diagonals(2, 1, 3) == ((1, -1), (-1, -1))
+
+
+def test_what_is_no_picture_of_a_class_is_left_out_of_folder_and_zip(data, tmp_path):
+    (data / "train" / "labels.txt").write_text("dark light")
+    (data / "train" / "dark" / "._0.png").write_text("no picture")
+    (data / "readme.png").write_text("no picture")
+    for label in ("dark", "light"):  # a class that only training has still counts, for the numbers of the others
+        (data / "test" / label).rename(data / "test" / f"{label}r")
+    packed = shutil.make_archive(str(tmp_path / "packed"), "zip", data)
+    for source in (data, Path(packed)):
+        read = runner.pictures(source, 8, tmp_path / f"{source.name}.npz")
+        assert sorted(set(read["train_y"].tolist())) == [0, 2] and sorted(set(read["test_y"].tolist())) == [1, 3]
+        only = runner.pictures(source, 8, tmp_path / f"{source.name}-test.npz", ("test",))
+        assert len(read["train_x"]) == 40 and np.array_equal(only["test_y"], read["test_y"])
+
+
+def test_sources_of_one_name_are_kept_apart(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name / "set").mkdir(parents=True)
+    files = {runner.cache_file(tmp_path, tmp_path / name / "set", 32, "all") for name in ("a", "b")}
+    assert len(files) == 2
 
 
 def test_a_stopped_run_goes_on_to_the_same_end(data, tmp_path, monkeypatch):

@@ -43,7 +43,8 @@ def receptive_field(function: Callable, images: Iterable[torch.Tensor]) -> tuple
 
     It is the gradient of the token with respect to the image, as absolute values added over colours and over `images`,
     (C, H, W) each, of one size. The token's channels are added with signs drawn once, as their plain sum is constant
-    after a LayerNorm. Returns the field, (H, W) that sum to 1, and the place (row, column) in px of the token's centre.
+    after a LayerNorm. Returns the field, (H, W) that sum to 1, and its centre (row, column) in px: half of the field
+    lies above it, half to its left. Where a token has its centre depends on how a backbone's convolutions pad.
     """
     total = 0
     for image in images:
@@ -54,8 +55,15 @@ def receptive_field(function: Callable, images: Iterable[torch.Tensor]) -> tuple
         signs = torch.randint(0, 2, token.shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
         (gradient,) = torch.autograd.grad((token * signs).sum(), x)
         total = total + gradient[0].double().abs().sum(0)
-    place = ((n // 2 + 0.5) * side / n for n, side in zip((rows, columns), total.shape))
-    return total / total.sum(), tuple(place)
+    field = total / total.sum()
+    return field, (_median(field.sum(1)), _median(field.sum(0)))
+
+
+def _median(shares: torch.Tensor) -> float:
+    """Where `shares`, one px each, that sum to 1 are halved."""
+    before = shares.cumsum(0) - shares
+    last = int((before < 0.5).sum()) - 1
+    return last + float((0.5 - before[last]) / shares[last])
 
 
 def side_of_square(field: torch.Tensor, place: tuple[float, float], share: float) -> int:

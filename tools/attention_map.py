@@ -48,7 +48,8 @@ def look(model: str, photo: Image.Image, at: tuple[int, int], layer: int) -> tup
     layers[layer].register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     with torch.no_grad():
         run(normalized(photo)[None])
-    stride = 2 ** round(torch.tensor(photo.height / seen[0].shape[2]).log2().item())
+    sides = list(zip((photo.height, photo.width), seen[0].shape[2:]))
+    stride = next(s for s in (1, 2, 4, 8, 16, 32) if all(-(-side // s) <= tokens for side, tokens in sides))
     window = window_weights(layers[layer], seen[0], y // stride, x // stride)
     return window, stride, stride * layers[layer].inter_pool
 

@@ -20,7 +20,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
-from tic_backbone.cli import BadInput, load_backbone, normalized, readable_errors
+from tic_backbone.cli import MEAN, STD, BadInput, load_backbone, normalized, readable_errors
 from tic_backbone.inspection import receptive_field, side_of_square
 
 sys.path.insert(0, str(Path(__file__).parent / "experiments"))
@@ -65,7 +65,9 @@ def read_photos(folder: Path, size: int, number: int) -> list[torch.Tensor]:
 def load(model: str, size: int) -> Callable:
     """A function from images to their last map, (N, C, h, w)."""
     if model.endswith(".weights.pth"):
-        return trained(Path(model))[1].features
+        features, scale = trained(Path(model))[1].features, torch.tensor(STD)[:, None, None]
+        # run.py's pictures lie between -1 and 1.
+        return lambda images: features(2 * (images * scale + torch.tensor(MEAN)[:, None, None]) - 1)
     name, _, checkpoint = model.partition("@")
     return load_backbone(name, checkpoint, size)[1]
 

@@ -8,6 +8,7 @@ for the number of contestants).
 
 import argparse
 import json
+import math
 import statistics
 import sys
 from collections.abc import Iterator, Sequence
@@ -71,7 +72,7 @@ def table(found: list[Row]) -> str:
             f"{r.mean:.2f}",
             "" if r.deviation is None else f"{r.deviation:.2f}",
             "" if r.difference is None else f"{r.difference:+.2f}",
-            "" if r.p is None else f"{r.p:.3f}",
+            "" if r.p is None or math.isnan(r.p) else f"{r.p:.3f}",
             f"{r.parameters:,}",
             f"{r.minutes:.1f}",
         ]
@@ -105,26 +106,33 @@ def over(lines: list[dict], condition: str, value: str, unit: str) -> str:
     columns = sorted({line[condition] for line in lines})
     text = "| contestant | mosaic | steps | seeds | " + " | ".join(unit.format(column) for column in columns) + " |\n"
     text += "|---" * (len(columns) + 4) + "|\n"
-    for (name, mosaic, steps), own in by_network(lines).items():
+    for own in by_network(lines):
         found = ([100 * line[value] for line in own if line[condition] == column] for column in columns)
-        cells = [f"{statistics.mean(tops):.1f}" if tops else "" for tops in found]
-        text += f"| {name} | {mosaic} | {steps} | {len({line['seed'] for line in own})} | " + " | ".join(cells) + " |\n"
+        about = (
+            own[0]["contestant"],
+            own[0]["mosaic"],
+            own[0]["epochs"] * own[0]["steps"],
+            len({r["seed"] for r in own}),
+        )
+        cells = [*map(str, about), *(f"{statistics.mean(tops):.1f}" if tops else "" for tops in found)]
+        text += "| " + " | ".join(cells) + " |\n"
     return text
 
 
-def by_network(lines: list[dict]) -> dict[tuple[str, int, int], list[dict]]:
-    """The lines by contestant, mosaic and steps of training."""
-    found: dict[tuple[str, int, int], list[dict]] = {}
+def by_network(lines: list[dict]) -> list[list[dict]]:
+    """The lines of one contestant under one budget, tested on the same part of the pictures, together."""
+    found: dict[tuple, list[dict]] = {}
     for line in lines:
-        found.setdefault((line["contestant"], line["mosaic"], line["epochs"] * line["steps"]), []).append(line)
-    return found
+        found.setdefault(tuple(line[key] for key in ("contestant", *SETTINGS, "part")), []).append(line)
+    return list(found.values())
 
 
 def draw_sizes(lines: list[dict], path: Path) -> None:
     figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
-    for (name, mosaic, _), own in by_network([line for line in lines if not line["pad"]]).items():
+    for own in by_network([line for line in lines if not line["pad"]]):
         scales = sorted({line["scale"] for line in own})
         tops = [statistics.mean(100 * line["accuracy"] for line in own if line["scale"] == scale) for scale in scales]
+        name, mosaic = own[0]["contestant"], own[0]["mosaic"]
         axis.plot(scales, tops, "-" if mosaic > 1 else "--", marker=".", label=f"{name}, mosaic {mosaic}")
     axis.set_xscale("log", base=2)
     axis.set_xticks(scales, [f"{scale:g}" for scale in scales])
@@ -153,13 +161,16 @@ def main() -> None:
         for i, budget in enumerate(budgets):
             chosen = [run for run in runs if tuple(getattr(run, key) for key in SETTINGS) == budget]
             found = list(rows([run for name in names for run in chosen if run.contestant == name]))
-            if len(found) < 2:
-                continue
+            if len(found) < 2 or found[0].name != names[0]:
+                continue  # nothing to compare
             described = ", ".join(f"{key} {value}" for key, value in zip(SETTINGS, budget))
             text += f"\n{described}\n\n{table(found)}\n"
+            if len(commits := sorted({run.commit for run in chosen if run.contestant in names})) > 1:
+                text += f"\nThe code was that of {', '.join(commits)}.\n"
             draw(found, described, args.out / f"{study}-{i + 1}.png")
-        (args.out / f"{study}.md").write_text(text)
-        print(text)
+        if "|" in text:
+            (args.out / f"{study}.md").write_text(text)
+            print(text)
 
 
 if __name__ == "__main__":

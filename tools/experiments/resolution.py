@@ -12,7 +12,7 @@ import json
 from pathlib import Path
 
 from report import resolution
-from run import KEY, accuracy, pictures, predictions, trained
+from run import KEY, accuracy, cache_file, pictures, predictions, trained
 from tqdm import tqdm
 
 
@@ -24,7 +24,10 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--pads", type=float, nargs="*", default=[], help="for example 0.25, of the picture's side")
     parser.add_argument("--part", type=int, default=1, help="test on every so many-th picture (default: on all)")
     parser.add_argument("--out", type=Path, default=Path("work_dirs/experiments/resolution.jsonl"))
-    return parser.parse_args()
+    args = parser.parse_args()
+    if not args.data.exists():
+        parser.error(f"there is no {args.data}")
+    return args
 
 
 def main() -> None:
@@ -35,12 +38,14 @@ def main() -> None:
     with args.out.open("a") as file:
         for path in tqdm(args.weights):
             run, model = trained(path)
+            if run["data"] != args.data.stem:
+                raise SystemExit(f"error: {path} was trained on {run['data']}, not on {args.data.stem}")
             for scale, pad in [*((scale, 0.0) for scale in args.scales), *((1.0, pad) for pad in args.pads)]:
                 line = {**run, "scale": scale, "pad": pad, "part": args.part}
                 if tuple(line.values()) in known:
                     continue
                 side = round(run["side"] * scale)
-                data = pictures(args.data, side, args.out.parent / f"{args.data.stem}-test-{side}.npz", ("test",))
+                data = pictures(args.data, side, cache_file(args.out.parent, args.data, side, "test"), ("test",))
                 given = [data[f"test_{name}"][:: args.part] for name in "xy"] + [run["mosaic"]]
                 found, true = predictions(model, *given, padding=round(side * run["mosaic"] * pad))
                 line["accuracy"] = accuracy(found, true)

@@ -10,14 +10,18 @@ seeds, order of pictures, augmentation (padded crops and flips), schedule and bu
 """
 
 import argparse
+import functools
+import hashlib
 import json
 import math
 import multiprocessing
 import platform
+import shutil
 import subprocess
 import sys
 import time
 import zipfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +32,8 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent))
 from contestants import CONTESTANTS, STRIDE, STUDIES
+
+from tic_backbone.ops import native
 
 SETTINGS = ("data", "side", "mosaic", "epochs", "steps", "batch", "lr")
 KEY = ("contestant", "seed", *SETTINGS)  # what a run is
@@ -50,6 +56,10 @@ def parse_args() -> argparse.Namespace:
     args = parser.parse_args()
     if args.batch % args.mosaic**2:
         parser.error(f"{args.batch} pictures make no whole mosaics of {args.mosaic} x {args.mosaic}")
+    if args.side % (2 * STRIDE):
+        parser.error(
+            f"--side {args.side} must divide by {2 * STRIDE}, for every contestant's map to end with a picture"
+        )
     if unknown := set(args.only or ()) - CONTESTANTS.keys():
         parser.error(f"no contestant {sorted(unknown)}; there are {list(CONTESTANTS)}")
     return args
@@ -59,15 +69,15 @@ def pictures(source: Path, side: int, cache: Path, splits: tuple[str, ...] = ("t
     """x and y of each split: (N, side, side, 3) bytes and (N,) class numbers; decoded once into `cache`."""
     if not cache.exists():
         found: dict[str, list] = {split: [] for split in splits}
-        for name, opened in _files(source):
-            split, label = name.split("/")[-3:-1]
+        classes: set[str] = set()  # of both splits, for their numbers to be the same whichever is read
+        for split, label, opened in _files(source):
+            classes.add(label)
             if split in found:
                 picture = Image.open(opened()).convert("RGB")
                 crop = min(picture.size)
                 left, top = (picture.width - crop) // 2, (picture.height - crop) // 2
                 picture = picture.crop((left, top, left + crop, top + crop))
                 found[split].append((label, np.asarray(picture.resize((side, side), Image.Resampling.BILINEAR))))
-        classes = sorted({label for items in found.values() for label, _ in items})
         if len(classes) < 2 or not all(found.values()):
             raise SystemExit(
                 f"error: no pictures of several classes under {'/<class>/ and '.join(splits)}/<class>/ in {source}"
@@ -75,21 +85,31 @@ def pictures(source: Path, side: int, cache: Path, splits: tuple[str, ...] = ("t
         arrays = {}
         for split, items in found.items():
             arrays[f"{split}_x"] = np.stack([picture for _, picture in items])
-            arrays[f"{split}_y"] = np.array([classes.index(label) for label, _ in items])
+            arrays[f"{split}_y"] = np.array([sorted(classes).index(label) for label, _ in items])
         cache.parent.mkdir(parents=True, exist_ok=True)
         np.savez(cache.with_suffix(".part.npz"), **arrays)
         cache.with_suffix(".part.npz").rename(cache)
     return dict(np.load(cache))
 
 
-def _files(source: Path):
+def cache_file(folder: Path, source: Path, side: int, what: str) -> Path:
+    """Where `pictures` keeps those of a source; another one of the same name has its own."""
+    known = hashlib.sha256(str((source.resolve(), source.stat().st_mtime)).encode()).hexdigest()[:8]
+    return folder / f"{source.stem}-{known}-{what}-{side}.npz"
+
+
+def _files(source: Path) -> Iterator[tuple[str, str, Callable]]:
+    """Split, class and a function that opens it, of every picture of a folder or zip."""
     if source.is_dir():
-        for path in sorted(source.glob("t*/*/*")):
-            yield path.as_posix(), lambda path=path: path
+        opens = {path.as_posix(): path.open for path in sorted(source.rglob("*")) if path.is_file()}
     else:
         archive = zipfile.ZipFile(source)
-        for name in tqdm(sorted(n for n in archive.namelist() if not n.endswith("/")), "decoding"):
-            yield f"/{name}", lambda name=name: archive.open(name)
+        opens = {name: functools.partial(archive.open, name) for name in sorted(archive.namelist())}
+    suffixes = Image.registered_extensions()
+    for name, opened in tqdm(opens.items(), "decoding"):
+        *_, split, label, file = ("", "", *name.split("/"))
+        if split in ("train", "test") and not file.startswith("._") and Path(file).suffix.lower() in suffixes:
+            yield split, label, functools.partial(opened, "rb") if source.is_dir() else opened
 
 
 def to_batch(x: np.ndarray) -> torch.Tensor:
@@ -183,11 +203,12 @@ def train(job: dict) -> dict:
             schedule.step()
             losses.append(loss.item())
         seconds += time.process_time() - start
-        last = epoch + 1 == job["epochs"]
+        loss = sum(losses) / len(losses)
+        last = epoch + 1 == job["epochs"] or not math.isfinite(loss)
         part = slice(None, None, 1 if last else 10)  # on the way, of every tenth picture
         tested = accuracy(*predictions(model, data["test_x"][part], data["test_y"][part], job["mosaic"]))
-        curve.append([round(sum(losses) / len(losses), 4), tested])
-        if not math.isfinite(curve[-1][0]):
+        curve.append([round(loss, 4), tested])
+        if not math.isfinite(loss):
             break
         state = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), schedule=schedule.state_dict())
         torch.save({**state, "curve": curve, "seconds": seconds}, kept.with_suffix(".part"))
@@ -219,9 +240,9 @@ def trained(path: Path) -> tuple[dict, torch.nn.Module]:
 
 def commit() -> str:
     """Of the code that runs, with a + where files differ from it; empty outside a repository."""
-    here = Path(__file__).parent
+    here, git = Path(__file__).parent, shutil.which("git")
     out = [
-        subprocess.run(["git", *command], cwd=here, capture_output=True, text=True).stdout.strip()
+        subprocess.run(["git", *command], cwd=here, capture_output=True, text=True).stdout.strip() if git else ""
         for command in (("rev-parse", "--short", "HEAD"), ("status", "--porcelain", "--", "..", "../../tic_backbone"))
     ]
     return out[0] + "+" * bool(out[1])
@@ -231,8 +252,10 @@ def main() -> None:
     args = parse_args()
     if not args.data.exists():
         raise SystemExit(f"error: there is no {args.data}; it must hold train/<class>/ and test/<class>/ pictures")
+    if reason := native.unavailable():
+        raise SystemExit(f"error: contestants need a C compiler, without which none of the times compare: {reason}")
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    cache = args.out.parent / f"{args.data.stem}-{args.side}.npz"
+    cache = cache_file(args.out.parent, args.data, args.side, "all")
     pictures(args.data, args.side, cache)
     done = [json.loads(line) for line in args.out.read_text().splitlines()] if args.out.exists() else []
     known = {tuple(line[k] for k in KEY) for line in done}
