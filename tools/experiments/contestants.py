@@ -324,6 +324,9 @@ CONTESTANTS: dict[str, Callable[[int], nn.Module]] = {  # from a number of class
     "shift a, 2 + pool a, 2": _plain(lambda c, i: _msa(cyclic_shift=2, turn=i, inter_pool=1 + i % 2)(c, i)),
     "shift d, 1 + pool c, 2": _plain(lambda c, i: Union(c, displaced=1, turn=i, pooled=2)),
     "shift d, 2 + pool c, 2": _plain(lambda c, i: Union(c, displaced=2, turn=i, pooled=2)),
+    "shift d, 1 + pool c, 2, every second block": _plain(
+        _second(_msa(), lambda c, i: Union(c, displaced=1, turn=i // 2, pooled=2))
+    ),
     "depthwise convolution": _plain(lambda c, i: Depthwise(c, 3), mlp_ratio=3.5),
     "Swin windows of 4": _plain(lambda c, i: Windows(c, 4, i % 2 == 1)),
     "neighbourhood attention": _plain(lambda c, i: Neighbourhood(c, 3)),
