@@ -311,6 +311,7 @@ CONTESTANTS: dict[str, Callable[[int], nn.Module]] = {  # from a number of class
     "shift a, 3": _plain(lambda c, i: _msa(cyclic_shift=3, turn=i)(c, i)),
     "shift b, 2": _plain(_second(_msa(), lambda c, i: Displaced(c, 2, i // 2))),
     "shift c, 2": _plain(lambda c, i: ChannelShift(c, c, 3, groups=c // HEAD)),
+    "shift d, 1": _plain(lambda c, i: Union(c, displaced=1, turn=i)),
     "shift d, 2": _plain(lambda c, i: Union(c, displaced=2, turn=i)),
     "shift d, 3": _plain(lambda c, i: Union(c, displaced=3, turn=i)),
     "shift d, 3, every second block": _plain(_second(_msa(), lambda c, i: Union(c, displaced=3, turn=i))),
