@@ -12,6 +12,8 @@ import torch
 from conftest import ROOT, run
 from PIL import Image
 
+from tic_backbone import MSAConv2d
+
 sys.path.insert(0, str(ROOT / "tools" / "experiments"))
 import contestants
 import run as runner
@@ -30,6 +32,14 @@ def test_contestants_are_of_one_size_and_learn_with_every_weight(name):
     assert abs(sizes[0] / sizes[1] - 1) < 0.05
     net(torch.randn(2, 3, 32, 32)).square().sum().backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in net.parameters())
+
+
+def test_the_form_that_the_package_has_is_the_one_studied():
+    forms = []
+    for net in (contestants.CONTESTANTS[contestants.TIC](10), contestants.Net(10)):
+        layers = [module for module in net.modules() if isinstance(module, MSAConv2d)]
+        forms.append([(str(layer), type(layer)) for layer in layers])
+    assert forms[0] == forms[1] and len(forms[0]) == 4
 
 
 def seen_from(layer, size, at):
@@ -67,7 +77,7 @@ def data(tmp_path):
 
 
 def job(data, tmp_path, **changes):
-    settings = dict(contestant="TiC", seed=3, data="data", side=32, epochs=3, steps=2, mosaic=1)
+    settings = dict(contestant=contestants.TIC, seed=3, data="data", side=32, epochs=3, steps=2, mosaic=1)
     paths = dict(source=str(data), cache=str(tmp_path / "c.npz"), checkpoint=str(tmp_path / "k.pth"), commit="-")
     return {**settings, **paths, "steps": 2, "batch": 8, "lr": 1e-2, **changes}
 
@@ -244,11 +254,11 @@ def test_at_its_own_size_a_network_scores_what_it_did_after_training(data, tmp_p
         (1, 0.25),
     ]
     assert all(0 <= line["changed"] <= 1 for line in lines if line["pad"])
-    assert out.count("| TiC | ") == 4
+    assert out.count(f"| {contestants.TIC} | ") == 4
     assert run(*command)[1] == out and len((tmp_path / "r.jsonl").read_text().splitlines()) == 6
     status, _, err = run("tools/experiments/report.py", tmp_path / "r.jsonl", "--out", tmp_path / "report")
     assert status == 0, err
-    assert (tmp_path / "report" / "resolution.md").read_text().count("| TiC | ") == 4
+    assert (tmp_path / "report" / "resolution.md").read_text().count(f"| {contestants.TIC} | ") == 4
     assert (tmp_path / "report" / "resolution.png").stat().st_size > 1000
 
 

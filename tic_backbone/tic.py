@@ -25,7 +25,7 @@ class TiCConfig:
     head_dim: int = 32  # channels a head; each stage has channels / head_dim heads
     kernel_size: int = 7  # side of the attention window, in tokens
     mlp_ratio: float = 4.0
-    cyclic_shift: bool = True  # heads look along the diagonals by turns, kernel_size // 2 + 1 tokens away
+    cyclic_shift: bool = True  # heads look along the diagonals by turns, with their own token in the window's corner
     inter_pool: bool = True  # every second block of a stage attends to tokens pooled 2 x 2
     in_channels: int = 3
     drop_path_rate: float = 0.0  # of the last block; grows linearly from 0 at the first one
@@ -81,7 +81,7 @@ class Block(nn.Module):
             channels,
             config.kernel_size,
             groups=channels // config.head_dim,
-            cyclic_shift=config.kernel_size // 2 + 1 if config.cyclic_shift else 0,
+            cyclic_shift=config.kernel_size // 2 if config.cyclic_shift else 0,
             turn=depth,
             inter_pool=2 if config.inter_pool and index % 2 else 1,
             backend=config.backend,
