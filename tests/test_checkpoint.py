@@ -3,7 +3,10 @@
 import pickle
 import re
 import sys
+import zipfile
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT
@@ -14,6 +17,7 @@ from torch import nn
 
 from tic_backbone import TiC
 from tic_backbone.checkpoint import from_swin, load_weights, read_checkpoint, strip_prefix, write_checkpoint
+from tic_backbone.openmmlab import read_mm_checkpoint
 
 sys.path.append(str(ROOT / "tools"))
 import convert_checkpoint
@@ -62,6 +66,24 @@ def test_prefix():
     assert list(strip_prefix(weights, "backbone.")) == list(strip_prefix(weights, "backbone")) == ["a"]
     with pytest.raises(ValueError, match=r"'neck\.'.*'backbone', 'backbone2', 'head'"):
         strip_prefix(weights, "neck")
+
+
+@pytest.mark.parametrize("core", ["core", "_core"])
+def test_arrays_of_either_numpy_are_read(tmp_path, core):
+    """Log history holds scalars and arrays, whose module numpy 2 renamed."""
+    state = {"state_dict": {"a": torch.ones(1)}, "message_hub": [np.float64(0.5), np.arange(3.0)]}
+    torch.save(state, tmp_path / "w.pth")
+    written = zipfile.ZipFile(tmp_path / "w.pth")
+    with zipfile.ZipFile(tmp_path / "old.pth", "w") as old:
+        for name in written.namelist():
+            old.writestr(name, written.read(name).replace(b"numpy._core.", f"numpy.{core}.".encode()))
+    assert read_mm_checkpoint(str(tmp_path / "old.pth")).keys() == {"a"}
+
+
+def test_what_a_file_may_not_name_is_named(tmp_path):
+    torch.save({"state_dict": {}, "meta": Path("a")}, tmp_path / "w.pth")
+    with pytest.raises(ValueError, match=r"pathlib\.\w*Path"):
+        read_checkpoint(tmp_path / "w.pth")
 
 
 class Code:

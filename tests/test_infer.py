@@ -18,6 +18,7 @@ from PIL import Image
 from pycocotools.mask import decode
 
 from tic_backbone import inference
+from tic_backbone.checkpoint import write_checkpoint
 from tic_backbone.inference import dataset_meta, tiles
 
 SPEC = importlib.util.spec_from_file_location("infer", ROOT / "tools" / "infer.py")
@@ -238,6 +239,24 @@ def test_wrong_input_is_told_in_a_line(predict, model, tmp_path):
     with pytest.raises(SystemExit, match=r"checkpoint .* is not one of this config's model: (?s:.*) mismatched"):
         infer.main([*model("detector", "x.png"), "model.bbox_head.num_classes=3"])
     assert not (tmp_path / "predictions").exists()
+
+
+def test_weights_of_a_deeper_model_are_refused(model, tmp_path):
+    photo(tmp_path / "x.png", 40, 40)
+    config, checkpoint, *rest = model("classifier", tmp_path / "x.png")
+    content = torch.load(checkpoint, weights_only=True)
+    content["state_dict"]["backbone.stages.3.7.pos.weight"] = torch.zeros(1)
+    torch.save(content, tmp_path / "deeper.pth")
+    with pytest.raises(SystemExit, match=r"deeper\.pth is not one of this config's model: (?s:.*) 1 unexpected: backb"):
+        infer.main([config, str(tmp_path / "deeper.pth"), *rest])
+
+
+def test_safetensors_predict_too(model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    photo(tmp_path / "x.png", 40, 40)
+    config, checkpoint, *rest = model("classifier", "x.png")
+    write_checkpoint(torch.load(checkpoint, weights_only=True)["state_dict"], tmp_path / "w.safetensors")
+    assert infer.main([config, "w.safetensors", *rest]) == 0
 
 
 def test_outputs_are_no_inputs_and_no_two_are_one(tmp_path, monkeypatch):

@@ -61,12 +61,18 @@ def test_fields_of_all_kinds_of_models_are_measured_and_drawn(photos, tmp_path, 
 
     weights = tmp_path / "plain.weights.pth"
     net = contestants.CONTESTANTS["plain"](3)
-    torch.save({"run": dict(contestant="plain"), "model": net.state_dict()}, weights)
-    models = ["configs/tic_retinanet.py", str(weights), "swin_tiny_patch4_window7_224", "resnet18"]
+    torch.save({"run": dict(contestant="plain", seed=3), "model": net.state_dict()}, weights)
+    models = ["configs/tic_retinanet.py", str(weights), "pool a, 2", "swin_tiny_patch4_window7_224", "resnet18"]
     status, out, err = run("tools/erf.py", *models, "--photos", photos, "--size", 64, "--out", tmp_path / "out")
     assert status == 0, err
     rows = [line.split(" | ") for line in out.splitlines() if line.startswith("| ")][1:]
-    assert [row[0] for row in rows] == ["| tic_retinanet", "| plain", "| swin_tiny_patch4_window7_224", "| resnet18"]
+    assert [row[0] for row in rows] == [
+        "| tic_retinanet",
+        "| plain, trained (seed 3)",
+        "| pool a, 2",
+        "| swin_tiny_patch4_window7_224",
+        "| resnet18",
+    ]
     for row in rows:
         sides = [int(cell.strip(" |")) for cell in row[1:]]
         assert sides == sorted(sides) and sides[0] > 0 and sides[-1] <= 128

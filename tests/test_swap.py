@@ -16,6 +16,8 @@ from tic_backbone.openmmlab import swap_backbone
 
 MASK_RCNN = "mmdet::mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py"
 MASK2FORMER = "mmdet::mask2former/mask2former_swin-t-p4-w7-224_8xb2-lsj-50e_coco.py"
+CONVNEXT = "mmdet::convnext/mask-rcnn_convnext-t-p4-w7_fpn_amp-ms-crop-3x_coco.py"
+SWIN = "mmseg::swin/swin-tiny-patch4-window7-in1k-pre_upernet_8xb2-160k_ade20k-512x512.py"
 RESNET = "mmpretrain::resnet/resnet50_8xb32_in1k.py"
 FINETUNED_VIT = "mmpretrain::mae/benchmarks/vit-base-p16_8xb128-coslr-100e_in1k.py"
 # What each config must say after the swap: stages, and who reads their channels (nano: 32, 64, 128, 256)
@@ -153,6 +155,28 @@ def test_norms_that_were_spared_from_decay_still_are():
     assert all(groups[name]["lr"] == pytest.approx(1e-5) for name in own)  # a tenth of the heads', as before
     spared = [name for name in own if groups[name]["weight_decay"] == 0]
     assert spared == [name for name in own if name.rsplit(".", 1)[0] in norms]
+
+
+@pytest.mark.parametrize("config", [CONVNEXT, SWIN])
+def test_rules_by_constructor_or_name_spare_all_norms(config):
+    cfg = swap_backbone(read(config), "nano", depths=(1, 1, 1, 1))
+    cfg.optim_wrapper.type = "OptimWrapper"  # some need a GPU
+    model, groups = optimized(cfg)
+    norms = [n for n, module in model.backbone.named_modules() if isinstance(module, torch.nn.LayerNorm)]
+    assert len(norms) > 10
+    assert all(groups[f"backbone.{name}.weight"]["weight_decay"] == 0 for name in norms)
+    assert groups["backbone.stages.1.1.mlp.fc1.weight"]["weight_decay"] > 0
+
+
+def test_other_channels_reach_the_neck():
+    narrow = dict(channels=(16, 32, 48, 64), head_dim=16)
+    swapped = swap_backbone(read("mmdet::retinanet/retinanet_r50_fpn_1x_coco.py"), "tiny", **narrow)
+    assert swapped.model.neck.in_channels == [32, 48, 64]
+
+
+def test_stages_cannot_be_chosen():
+    with pytest.raises(ValueError, match=r"out_indices=\(3,\)"):
+        swap_backbone(read("mmdet::retinanet/retinanet_r50_fpn_1x_coco.py"), "tiny", out_indices=(3,))
 
 
 def test_layerwise_decay_knows_the_layers():

@@ -46,9 +46,7 @@ def read_checkpoint(path: str | Path, safe_globals: list = ()) -> dict[str, torc
     Raises:
         ValueError: if this is not a checkpoint of tensors, or holds Python objects not known to be safe.
     """
-    path = _download(path) if str(path).startswith(("http://", "https://")) else Path(path).expanduser()
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no checkpoint at {path}")
+    path = local_file(path)
     if path.suffix == ".safetensors":
         package = _safetensors(path)
         try:
@@ -59,7 +57,8 @@ def read_checkpoint(path: str | Path, safe_globals: list = ()) -> dict[str, torc
         with torch.serialization.safe_globals(list(safe_globals)):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        reason = f"{type(error).__name__} {error}".splitlines()[0]
+        named = re.search(r"Unsupported [^\n]*? was not an allowed", str(error))  # torch says much around it
+        reason = named[0] + " one" if named else f"{type(error).__name__} {error}".splitlines()[0]
         raise ValueError(f"{path} is not a checkpoint that can be read safely: {reason}") from error
     for key in ("state_dict", "model"):
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
@@ -88,6 +87,14 @@ def _safetensors(path: Path):
     except ImportError as error:
         raise ValueError(f"{path} needs the package safetensors: pip install safetensors") from error
     return safetensors
+
+
+def local_file(path: str | Path) -> Path:
+    """Where a checkpoint lies; what an http(s) address names is fetched first, once. FileNotFoundError if nowhere."""
+    path = _download(str(path)) if str(path).startswith(("http://", "https://")) else Path(path).expanduser()
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no checkpoint at {path}")
+    return path
 
 
 def _download(address: str) -> Path:

@@ -19,7 +19,7 @@ from mmengine.registry import MODELS, DefaultScope
 from PIL import Image
 from torch import nn
 
-from tic_backbone.checkpoint import load_weights
+from tic_backbone.checkpoint import load_weights, local_file
 from tic_backbone.openmmlab import read_mm_checkpoint
 from tic_backbone.swap import swap_backbone
 
@@ -127,9 +127,13 @@ def check_data(cfg: Config, *splits: str) -> None:
             raise BadInput(f"the data {path} is not there; run: {cfg.prepare_data}")
 
 
-def check_checkpoint(path: str) -> None:
-    """Raise unless `path` is a checkpoint that can be read without running code in it, as mmengine itself may do."""
+def checked_checkpoint(path: str) -> str:
+    """The local path of a checkpoint; raises unless it can be read without running code in it, as mmengine may do."""
+    if path.endswith(".safetensors"):
+        raise BadInput(f"mmengine cannot read {path}: make a .pth of it with tools/convert_checkpoint.py")
+    path = str(local_file(path))
     read_mm_checkpoint(path)
+    return path
 
 
 def data_files(cfg: Config, *splits: str) -> Iterator[str]:
@@ -198,8 +202,24 @@ def _is_ours(error: BaseException | None) -> bool:
 def is_truncated(image: bytes) -> bool:
     """Whether a JPEG or PNG lacks its end marker. Decoders fill the missing part with grey and say nothing."""
     if image.startswith(b"\xff\xd8"):
-        return image.rfind(b"\xff\xd9") < image.rfind(b"\xff\xda")  # end of image, start of the last scan
+        return not _ends(image)
     return image.startswith(b"\x89PNG") and b"IEND" not in image
+
+
+def _ends(jpeg: bytes) -> bool:
+    """Whether the end marker comes, walking from marker to marker. A phone's film behind it is no part."""
+    at = 2
+    while 0 <= (at := jpeg.find(b"\xff", at)) < len(jpeg) - 1:
+        kind = jpeg[at + 1]
+        if kind == 0xD9:
+            return True
+        if kind == 0xFF:  # a filling byte
+            at += 1
+        elif kind in (0x00, 0x01) or 0xD0 <= kind <= 0xD8:  # of a scan's data, or a marker without a length
+            at += 2
+        else:
+            at += 2 + int.from_bytes(jpeg[at + 2 : at + 4], "big")
+    return False
 
 
 def _strict(load: Callable) -> Callable:
@@ -209,7 +229,7 @@ def _strict(load: Callable) -> Callable:
             loaded = load(self, results)
         except Exception as error:
             raise BadInput(f"cannot read the image {path}: {type(error).__name__} {error}") from error
-        if os.path.isfile(path) and is_truncated(Path(path).read_bytes()):
+        if loaded is not None and os.path.isfile(path) and is_truncated(Path(path).read_bytes()):
             raise BadInput(f"the image {path} is truncated: replace it or leave it out")
         return loaded
 

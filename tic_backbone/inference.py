@@ -13,7 +13,7 @@ from mmengine.runner import CheckpointLoader
 from mmengine.structures import BaseDataElement, InstanceData, PixelData
 from PIL import Image
 
-from tic_backbone.checkpoint import load_weights
+from tic_backbone.checkpoint import load_weights, local_file
 from tic_backbone.cli import BadInput
 from tic_backbone.openmmlab import read_mm_checkpoint
 
@@ -94,7 +94,9 @@ class Predictor:
             self.visualizer = VISUALIZERS.build(dict(cfg.visualizer, name="infer", vis_backends=None))
             self.visualizer.dataset_meta = self.meta = self.complete(dataset_meta(cfg, checkpoint))
         report = load_weights(self.model, weights)
-        if report.missing or report.mismatched:
+        own = {name.partition(".")[0] for name, _ in self.model.named_parameters()}
+        surplus = [name for name in report.unexpected if name.partition(".")[0] in own]  # of a larger model
+        if report.missing or report.mismatched or surplus:
             raise BadInput(f"the checkpoint {checkpoint} is not one of this config's model: {report}")
         try:
             self.model.to(device).eval()
@@ -171,6 +173,8 @@ class Detector(Predictor):
     """Boxes, with masks if the model has them."""
 
     def keep(self, sample: BaseDataElement, height: int, width: int) -> BaseDataElement:
+        if "pred_instances" not in sample:
+            raise BadInput(f"{type(self.model).__name__} predicts no boxes or masks, which is all that is drawn")
         found = sample.pred_instances
         found = found[found.scores >= self.score_thr]
         if "masks" in found and not found.bboxes.any():  # as from SOLO, which knows masks alone
@@ -343,7 +347,10 @@ def pipeline(cfg: Config, size: tuple[int, int] | None, config_size: bool) -> li
 
 def dataset_meta(cfg: Config, checkpoint: str) -> dict:
     """Class names and colours: the checkpoint's, else those in the config, else those of the config's dataset class."""
-    saved = CheckpointLoader.load_checkpoint(checkpoint, "cpu", logger="silent").get("meta") or {}
+    saved = {}
+    if not checkpoint.endswith(".safetensors"):  # which holds weights alone, and mmengine cannot read
+        path = str(local_file(checkpoint))
+        saved = CheckpointLoader.load_checkpoint(path, "cpu", logger="silent").get("meta") or {}
     saved = saved.get("dataset_meta") or saved  # as before mmengine
     with DATASETS.switch_scope_and_registry(None) as registry:
         known = getattr(registry.get(dataset(cfg).get("type")), "METAINFO", {})

@@ -91,7 +91,9 @@ def read_mm_checkpoint(path: str) -> dict:
     reconstruct, scalar = np.empty(0).__reduce__()[0], np.float64(0).__reduce__()[0]
     dtypes = {type(np.dtype(name)) for name in ("float32", "float64", "int32", "int64", "uint32", "uint8", "bool")}
     history = (_history_method, "builtins.getattr")
-    return read_checkpoint(path, [HistoryBuffer, history, reconstruct, scalar, np.ndarray, np.dtype, *dtypes])
+    # Whichever numpy wrote the file: version 2 renamed the module of these two.
+    arrays = [(f, f"numpy.{core}.multiarray.{f.__name__}") for f in (reconstruct, scalar) for core in ("core", "_core")]
+    return read_checkpoint(path, [HistoryBuffer, history, *arrays, np.ndarray, np.dtype, *dtypes])
 
 
 def _history_method(owner: type, name: str):

@@ -13,7 +13,7 @@ from mmengine.logging import print_log
 from mmengine.registry import MODELS, DefaultScope
 
 from tic_backbone.layers import LayerNorm2d
-from tic_backbone.tic import VARIANTS, TiC
+from tic_backbone.tic import VARIANTS, TiC, make_config
 
 STRIDES = (4, 8, 16, 32)
 CANNOT = {  # parts of a model that know more of their backbone than its maps
@@ -27,6 +27,7 @@ CANNOT = {  # parts of a model that know more of their backbone than its maps
     "DPTHead": "its head DPTHead reads the class token of a plain ViT",
     "LRASPPHead": "its head LRASPPHead pools windows of 49 tokens, more than TiC's deepest map has in usual crops",
     "PIDHead": "its head PIDHead reads the three branches of PIDNet",
+    "MultiTaskHead": "its head MultiTaskHead trains several heads of other kinds",
     "DDRHead": "its head DDRHead reads the branches of DDRNet",
 }
 # Heads of mmpretrain that take a vector and its length; all others become a LinearClsHead
@@ -63,6 +64,9 @@ def swap_backbone(cfg: Config, variant: str, **fields) -> Config:
     arch = variant.lower().removeprefix("tic_").removeprefix("tic-")
     if arch not in VARIANTS:
         raise ValueError(f"unknown backbone {variant!r}; choose one of {[f'tic_{name}' for name in VARIANTS]}")
+    if "out_indices" in fields:
+        raise ValueError(f"out_indices={fields['out_indices']} is given, but the config decides which maps are read")
+    channels = make_config(arch, **fields).channels
     cfg = copy.deepcopy(cfg)
     owner = _owner(cfg)
     old = owner.backbone
@@ -71,11 +75,11 @@ def swap_backbone(cfg: Config, variant: str, **fields) -> Config:
             raise ValueError(f"TiC cannot take the place of {_name(old)} here: {CANNOT[_name(part)]}")
     changes = _Changes()
     if "decode_head" in owner:
-        stages = _rewire_segmentor(cfg, owner, arch, changes)
+        stages = _rewire_segmentor(cfg, owner, channels, changes)
     elif cfg.get("default_scope") == "mmpretrain" or _name(owner) in ("ImageClassifier", "BaseReID"):
-        stages = _rewire_classifier(owner, arch, changes)
+        stages = _rewire_classifier(owner, channels, changes)
     else:
-        stages = _rewire_detector(cfg, owner, arch, changes)
+        stages = _rewire_detector(cfg, owner, channels, changes)
     mean = (owner.get("data_preprocessor") or cfg.get("data_preprocessor") or {}).get("mean")
     inherited = dict(in_channels=len(mean)) if mean and len(mean) != 3 else {}
     if old.get("with_cp"):
@@ -83,7 +87,7 @@ def swap_backbone(cfg: Config, variant: str, **fields) -> Config:
     backbone = dict(type="TiC", arch=arch, out_indices=tuple(stages), **{**inherited, **fields})
     with torch.device("meta"):  # complains of wrong fields now, and has no weights
         tic = TiC(**{k: v for k, v in backbone.items() if k != "type"})
-    changes.head = f"{_name(old)} gives its place to {backbone}"
+    changes.head = f"{_name(old)} gives its place to {backbone}, maps at strides {[STRIDES[i] for i in stages]}"
     owner["backbone"] = ConfigDict(backbone)
     _drop_weights(cfg, owner, changes)
     _clean_optimizer(cfg, tic, changes)
@@ -187,14 +191,14 @@ def _translate(value, old: Sequence[int], new: Sequence[int], where: str):
     raise ValueError(f"TiC can take no place here: {where}={value} are not the channels {list(old)} of the old maps")
 
 
-def _rewire_detector(cfg: Config, owner: dict, arch: str, changes: _Changes) -> list[int]:
+def _rewire_detector(cfg: Config, owner: dict, all_widths: Sequence[int], changes: _Changes) -> list[int]:
     if "shared_head" in (owner.get("roi_head") or {}):
         raise ValueError(
             f"TiC cannot take the place of {_name(owner.backbone)} here: roi_head.shared_head is its last stage"
         )
     maps = _maps(cfg, owner)
     channels, stages = [m.channels for m in maps], _stages(maps, range(len(maps)), owner.backbone)
-    new = [VARIANTS[arch].channels[s] for s in stages]
+    new = [all_widths[s] for s in stages]
     if not owner.get("neck"):
         found = [*_readers(owner, channels)]
         if not found:
@@ -232,7 +236,7 @@ def _readers(part, channels: list[int], where: str = "") -> Iterator[tuple[str, 
             yield from _readers(value, channels, f"{where}{key}.")
 
 
-def _rewire_segmentor(cfg: Config, owner: dict, arch: str, changes: _Changes) -> list[int]:
+def _rewire_segmentor(cfg: Config, owner: dict, all_widths: Sequence[int], changes: _Changes) -> list[int]:
     maps = _maps(cfg, owner)
     old = [m.channels for m in maps]
     main = [head.get("kernel_generate_head", head) for head in _list(owner.decode_head)]
@@ -240,7 +244,7 @@ def _rewire_segmentor(cfg: Config, owner: dict, arch: str, changes: _Changes) ->
     neck = _list(owner.get("neck"))
     if neck:
         stages = _stages(maps, range(len(maps)), owner.backbone)
-        new = [VARIANTS[arch].channels[s] for s in stages]
+        new = [all_widths[s] for s in stages]
         changes.set(
             neck[0], "in_channels", _translate(neck[0].get("in_channels"), old, new, "neck.in_channels"), "neck"
         )
@@ -261,7 +265,7 @@ def _rewire_segmentor(cfg: Config, owner: dict, arch: str, changes: _Changes) ->
             "the deepest map"
         )
     stages = _stages(maps, used, owner.backbone)
-    new = {i: VARIANTS[arch].channels[s] for i, s in zip(used, stages)}
+    new = {i: all_widths[s] for i, s in zip(used, stages)}
     for head, indices in zip(heads, read):
         places, widths = [used.index(i) for i in indices], [new[i] for i in indices]
         if isinstance(head.in_channels, int):
@@ -283,8 +287,8 @@ def _indices(head: dict, count: int) -> list[int]:
     return indices[-1:] if _name(head) == "EncHead" and not head.get("add_lateral") else indices  # it names more
 
 
-def _rewire_classifier(owner: dict, arch: str, changes: _Changes) -> list[int]:
-    channels = VARIANTS[arch].channels[-1]
+def _rewire_classifier(owner: dict, all_widths: Sequence[int], changes: _Changes) -> list[int]:
+    channels = all_widths[-1]
     if _name(owner) in CONTRASTIVE:
         for neck in _list(owner.neck):
             changes.set(neck, "in_channels", channels, "neck")
@@ -343,6 +347,8 @@ def _clean_optimizer(cfg: Config, backbone: TiC, changes: _Changes) -> None:
         changes.drop(wrapper, "constructor", "optim_wrapper.")
         for key in layerwise:
             changes.drop(rules, key, "optim_wrapper.paramwise_cfg.")
+        for key in ("norm_decay_mult", "bias_decay_mult"):  # as that constructor does, unasked
+            changes.set(rules, key, 0.0, "optim_wrapper.paramwise_cfg")
     keys = rules.get("custom_keys") or {}
     layers = {key: keys[key] for key in keys if key.startswith("backbone.")}
     leftovers = [*layers, *(key for key in keys if any(name in key for name in OTHERS_PARAMETERS))]
@@ -350,7 +356,8 @@ def _clean_optimizer(cfg: Config, backbone: TiC, changes: _Changes) -> None:
         keys.pop(key)
     if leftovers:
         changes.lines.append(f"optim_wrapper.paramwise_cfg.custom_keys: {len(leftovers)} of the old backbone taken out")
-    if any(rule.get("decay_mult") == 0 for rule in layers.values()):  # it spared norms, one by one
+    by_name = (keys.get("norm") or {}).get("decay_mult") == 0  # not all of TiC's norms are called so
+    if by_name or any(rule.get("decay_mult") == 0 for rule in layers.values()):  # it spared norms, one by one
         if "backbone" in keys:  # a rule that comes before norm_decay_mult
             for name, module in backbone.named_modules():
                 if isinstance(module, LayerNorm2d):
@@ -358,6 +365,8 @@ def _clean_optimizer(cfg: Config, backbone: TiC, changes: _Changes) -> None:
             changes.lines.append("optim_wrapper.paramwise_cfg.custom_keys: no decay of TiC's norms")
         else:
             changes.set(rules, "norm_decay_mult", 0.0, "optim_wrapper.paramwise_cfg")
+    if (share := (keys.get("backbone") or {}).get("lr_mult", 1)) < 1:
+        changes.lines.append(f"optim_wrapper: the backbone still learns at {share} of the rate, as if it was trained")
     if (wrapper.get("optimizer") or {}).get("type") == "SGD":
         changes.lines.append(
             "optimizer: stays SGD, where this project's configs have AdamW, lr=1e-4, weight_decay=0.05"

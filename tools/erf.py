@@ -4,7 +4,8 @@
     python tools/erf.py configs/tic_retinanet.py configs/tic_retinanet.py@epoch_16.pth --photos FOLDER
 
 A model is timm's name of one or an OpenMMLab config (its backbone is taken), after an @ with a checkpoint, without
-which the weights are random; or a *.weights.pth that tools/experiments/run.py left. The field is how much each pixel of
+which the weights are random; or a contestant of tools/experiments by its name, or a *.weights.pth that its training
+left. The field is how much each pixel of
 the input moves the token at the centre of the last map: absolute values of the gradient, added over colours and photos.
 The table says how many pixels a side the square around that token has that holds 20, 50, 95 and 99 % of it. Writes
 erf.md and erf.png.
@@ -24,6 +25,7 @@ from tic_backbone.cli import MEAN, STD, BadInput, load_backbone, normalized, rea
 from tic_backbone.inspection import receptive_field, side_of_square
 
 sys.path.insert(0, str(Path(__file__).parent / "experiments"))
+from contestants import CONTESTANTS
 from run import trained
 
 matplotlib.use("Agg")
@@ -64,8 +66,10 @@ def read_photos(folder: Path, size: int, number: int) -> list[torch.Tensor]:
 
 def load(model: str, size: int) -> Callable:
     """A function from images to their last map, (N, C, h, w)."""
-    if model.endswith(".weights.pth"):
-        features, scale = trained(Path(model))[1].features, torch.tensor(STD)[:, None, None]
+    if model.endswith(".weights.pth") or model in CONTESTANTS:
+        torch.manual_seed(0)
+        net = CONTESTANTS[model](10).eval() if model in CONTESTANTS else trained(Path(model))[1]
+        features, scale = net.features, torch.tensor(STD)[:, None, None]
         # run.py's pictures lie between -1 and 1.
         return lambda images: features(2 * (images * scale + torch.tensor(MEAN)[:, None, None]) - 1)
     name, _, checkpoint = model.partition("@")
@@ -81,8 +85,11 @@ def table(fields: dict[str, tuple[torch.Tensor, tuple[float, float]]]) -> str:
 
 
 def title(model: str) -> str:
+    if model.endswith(".weights.pth"):
+        run = torch.load(model, weights_only=True)["run"]
+        return f"{run['contestant']}, trained (seed {run['seed']})"
     name, _, checkpoint = model.partition("@")
-    return Path(name).name.removesuffix(".py").removesuffix(".weights.pth") + (", trained" if checkpoint else "")
+    return (name if name in CONTESTANTS else Path(name).name.removesuffix(".py")) + (", trained" if checkpoint else "")
 
 
 def draw(fields: dict[str, tuple[torch.Tensor, tuple[float, float]]], path: Path) -> None:

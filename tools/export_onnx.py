@@ -50,7 +50,10 @@ def build(args: argparse.Namespace) -> TiC:
     if args.checkpoint:
         weights = read_mm_checkpoint(args.checkpoint)
         inside = any(name.startswith("backbone.") for name in weights)
-        print(f"{args.checkpoint}:", load_weights(backbone, strip_prefix(weights, "backbone.") if inside else weights))
+        report = load_weights(backbone, strip_prefix(weights, "backbone.") if inside else weights)
+        print(f"{args.checkpoint}:", report)
+        if report.missing:
+            raise BadInput(f"{args.checkpoint} lacks weights, which would stay random: {report.missing}")
     return backbone.eval()
 
 

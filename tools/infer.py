@@ -176,6 +176,7 @@ def main(argv: list[str] | None = None) -> int:
                 line = reason(error, path)
                 if line is None:
                     raise
+                results[:] = [record for record in results if record["path"] != str(path)]  # what a video came to
                 failed += 1
                 tqdm.write("error: " + " ".join(line.split()), file=sys.stderr)
     except KeyboardInterrupt:

@@ -1,6 +1,6 @@
 """Evaluate a checkpoint on its config's test data.
 
-python tools/test.py configs/tic_retinanet.py work_dirs/tic_retinanet/epoch_24.pth --show-dir pictures
+python tools/test.py configs/tic_retinanet.py work_dirs/tic_retinanet/epoch_16.pth --show-dir pictures
 """
 
 import argparse
@@ -8,7 +8,7 @@ import argparse
 from mmengine.config import Config
 from mmengine.runner import Runner
 
-from tic_backbone.cli import argument_parser, check_checkpoint, check_data, read_config, readable_errors
+from tic_backbone.cli import argument_parser, check_data, checked_checkpoint, read_config, readable_errors
 
 
 def parse_args() -> argparse.Namespace:
@@ -22,8 +22,7 @@ def configure(args: argparse.Namespace) -> Config:
     """The config as it will run."""
     cfg = read_config(args)
     check_data(cfg, "test")
-    check_checkpoint(args.checkpoint)
-    cfg.load_from, cfg.resume = args.checkpoint, False
+    cfg.load_from, cfg.resume = checked_checkpoint(args.checkpoint), False
     if args.show_dir:
         drawing = {
             "mmdet": dict(type="DetVisualizationHook", draw=True, interval=1, test_out_dir=args.show_dir),

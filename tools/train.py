@@ -9,7 +9,7 @@ import argparse
 from mmengine.config import Config
 from mmengine.device import is_cuda_available
 
-from tic_backbone.cli import BadInput, argument_parser, check_checkpoint, check_data, read_config, readable_errors
+from tic_backbone.cli import BadInput, argument_parser, check_data, checked_checkpoint, read_config, readable_errors
 from tic_backbone.engine import train
 
 
@@ -35,9 +35,11 @@ def configure(args: argparse.Namespace) -> Config:
     cfg.custom_hooks = [*(cfg.get("custom_hooks") or []), dict(type="CurvesHook")]
     if args.resume:
         cfg.resume, cfg.load_from = True, None if args.resume == "auto" else args.resume
-    if cfg.get("load_from") and "://" not in cfg.load_from:
-        check_checkpoint(cfg.load_from)
+    if cfg.get("load_from"):
+        cfg.load_from = checked_checkpoint(cfg.load_from)
     if args.amp:
+        if "roi_head" in cfg.model and not is_cuda_available():
+            raise BadInput("--amp: mmcv's RoIAlign has no bfloat16 on CPUs, leave --amp out here")
         for key in ("loss_scale", "dtype", "use_fsdp"):
             cfg.optim_wrapper.pop(key, None)
         cfg.optim_wrapper.type = "AmpOptimWrapper" if is_cuda_available() else "BFloat16OptimWrapper"

@@ -64,7 +64,7 @@ def rows(runs: Sequence[SimpleNamespace]) -> Iterator[Row]:
 
 
 def table(found: list[Row]) -> str:
-    lines = ["| contestant | seeds | top-1, % | sd | difference | p | parameters | minutes |", "|---" * 8 + "|"]
+    lines = ["| contestant | seeds | top-1, % | sd | difference | p | parameters | CPU minutes |", "|---" * 8 + "|"]
     for r in found:
         cells = [
             r.name,
