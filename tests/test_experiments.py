@@ -127,7 +127,7 @@ def test_sources_of_one_name_are_kept_apart(tmp_path):
 
 
 def test_a_stopped_run_goes_on_to_the_same_end(data, tmp_path, monkeypatch):
-    whole = runner.train(job(data, tmp_path))
+    whole = runner.train(job(data, tmp_path, checkpoint=str(tmp_path / "whole.pth")))
     accuracy, calls = runner.accuracy, []
 
     def stops_at_the_second_epoch(*args):

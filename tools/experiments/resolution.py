@@ -11,6 +11,7 @@ import argparse
 import json
 from pathlib import Path
 
+from contestants import STRIDE
 from report import resolution
 from run import KEY, accuracy, cache_file, pictures, predictions, trained
 from tqdm import tqdm
@@ -45,6 +46,8 @@ def main() -> None:
                 if tuple(line.values()) in known:
                     continue
                 side = round(run["side"] * scale)
+                if side % STRIDE:
+                    raise SystemExit(f"error: scale {scale:g} makes pictures of {side} px, not of whole tokens")
                 data = pictures(args.data, side, cache_file(args.out.parent, args.data, side, "test"), ("test",))
                 given = [data[f"test_{name}"][:: args.part] for name in "xy"] + [run["mosaic"]]
                 found, true = predictions(model, *given, padding=round(side * run["mosaic"] * pad))
