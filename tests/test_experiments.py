@@ -264,6 +264,9 @@ def test_at_its_own_size_a_network_scores_what_it_did_after_training(data, tmp_p
 
 @pytest.mark.heavy
 def test_missing_data_is_named(tmp_path):
+    (tmp_path / "bad.zip").write_text("no zip")
+    status, _, err = run("tools/experiments/run.py", "ablation", "--data", tmp_path / "bad.zip")
+    assert status != 0 and "neither a folder nor a zip" in err and "Traceback" not in err
     status, _, err = run("tools/experiments/run.py", "ablation", "--data", tmp_path / "nowhere")
     assert status != 0 and "nowhere" in err and "Traceback" not in err
 

@@ -112,7 +112,8 @@ def main(argv: list[str] | None = None) -> None:
         photos = read_photos(args.photos, args.size, args.number)
         fields = {}
         for model in args.models:
-            fields[model] = receptive_field(load(model, args.size), tqdm(photos, title(model), leave=False, disable=None))
+            bar = tqdm(photos, title(model), leave=False, disable=None)
+            fields[model] = receptive_field(load(model, args.size), bar)
     args.out.mkdir(parents=True, exist_ok=True)
     text = f"{len(photos)} photos of {args.size} x {args.size} px; sides of squares in px.\n\n{table(fields)}"
     (args.out / "erf.md").write_text(text)

@@ -252,6 +252,8 @@ def main() -> None:
     args = parse_args()
     if not args.data.exists():
         raise SystemExit(f"error: there is no {args.data}; it must hold train/<class>/ and test/<class>/ pictures")
+    if not args.data.is_dir() and not zipfile.is_zipfile(args.data):
+        raise SystemExit(f"error: {args.data} is neither a folder nor a zip of pictures")
     if reason := native.unavailable():
         raise SystemExit(f"error: contestants need a C compiler, without which none of the times compare: {reason}")
     args.out.parent.mkdir(parents=True, exist_ok=True)
