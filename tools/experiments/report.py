@@ -135,7 +135,8 @@ def draw_sizes(lines: list[dict], path: Path) -> None:
         name, mosaic = own[0]["contestant"], own[0]["mosaic"]
         axis.plot(scales, tops, "-" if mosaic > 1 else "--", marker=".", label=f"{name}, mosaic {mosaic}")
     axis.set_xscale("log", base=2)
-    axis.set_xticks(scales, [f"{scale:g}" for scale in scales])
+    ticks = sorted({line["scale"] for line in lines})
+    axis.set_xticks(ticks, [f"{scale:g}" for scale in ticks])
     axis.set(xlabel="size of the pictures, in that of training", ylabel="top-1, %")
     axis.legend(fontsize=7)
     figure.savefig(path, dpi=100)
