@@ -87,7 +87,8 @@ def draw(found: list[Row], title: str, path: Path) -> None:
         axis.plot(row.mean, i, "|", color="black", markersize=14)
     axis.set_yticks(range(len(found)), [row.name for row in reversed(found)])
     axis.axvline(found[0].mean, color="gray", lw=0.8)
-    axis.set(xlabel="top-1, %", title=title)
+    axis.set_xlabel("top-1, %")
+    axis.set_title(title, fontsize=8)
     figure.savefig(path, dpi=100)
     plt.close(figure)
 
