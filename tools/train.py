@@ -38,7 +38,7 @@ def configure(args: argparse.Namespace) -> Config:
     if cfg.get("load_from"):
         cfg.load_from = checked_checkpoint(cfg.load_from)
     if args.amp:
-        if "roi_head" in cfg.model and not is_cuda_available():
+        if "roi_head" in (cfg.model.get("detector") or cfg.model) and not is_cuda_available():
             raise BadInput("--amp: mmcv's RoIAlign has no bfloat16 on CPUs, leave --amp out here")
         for key in ("loss_scale", "dtype", "use_fsdp"):
             cfg.optim_wrapper.pop(key, None)

@@ -69,15 +69,16 @@ def pictures(source: Path, side: int, cache: Path, splits: tuple[str, ...] = ("t
     """x and y of each split: (N, side, side, 3) bytes and (N,) class numbers; decoded once into `cache`."""
     if not cache.exists():
         found: dict[str, list] = {split: [] for split in splits}
-        classes: set[str] = set()  # of both splits, for their numbers to be the same whichever is read
+        labels: set[str] = set()  # of both splits, for their numbers to be the same whichever is read
         for split, label, opened in _files(source):
-            classes.add(label)
+            labels.add(label)
             if split in found:
                 picture = Image.open(opened()).convert("RGB")
                 crop = min(picture.size)
                 left, top = (picture.width - crop) // 2, (picture.height - crop) // 2
                 picture = picture.crop((left, top, left + crop, top + crop))
                 found[split].append((label, np.asarray(picture.resize((side, side), Image.Resampling.BILINEAR))))
+        classes = sorted(labels)
         if len(classes) < 2 or not all(found.values()):
             raise SystemExit(
                 f"error: no pictures of several classes under {'/<class>/ and '.join(splits)}/<class>/ in {source}"
@@ -85,7 +86,7 @@ def pictures(source: Path, side: int, cache: Path, splits: tuple[str, ...] = ("t
         arrays = {}
         for split, items in found.items():
             arrays[f"{split}_x"] = np.stack([picture for _, picture in items])
-            arrays[f"{split}_y"] = np.array([sorted(classes).index(label) for label, _ in items])
+            arrays[f"{split}_y"] = np.array([classes.index(label) for label, _ in items])
         cache.parent.mkdir(parents=True, exist_ok=True)
         np.savez(cache.with_suffix(".part.npz"), **arrays)
         cache.with_suffix(".part.npz").rename(cache)
