@@ -1,5 +1,6 @@
 """The small networks that a study compares: one stem, one head, TiC's own blocks, and in them one thing changed."""
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -338,6 +339,7 @@ CONTESTANTS: dict[str, Callable[[int], nn.Module]] = {  # from a number of class
     "global attention": _plain(lambda c, i: Global(c)),
     "no position convolution": _plain(position=""),
     "downsampling 2 x 2": _plain(overlap=False, mlp_ratio=2.25),
+    "both, downsampling 2 x 2": functools.partial(Net, overlap=False, mlp_ratio=2.25),
     "k = 5": _plain(kernel_size=5),
     "k = 7": _plain(kernel_size=7),
     "groups = 1": _plain(_msa(groups=1)),
@@ -355,7 +357,7 @@ STUDIES = {  # names of contestants; the first is what the others are compared w
     "ablation": [
         *("plain", "shift a, 1", "pool a, 2", TIC),
         *("depthwise convolution", "Swin windows of 4", "neighbourhood attention", "global attention"),
-        *("no position convolution", "downsampling 2 x 2", "k = 5", "k = 7"),
+        *("no position convolution", "downsampling 2 x 2", "both, downsampling 2 x 2", "k = 5", "k = 7"),
         *("groups = 1", "groups = C", "dilation 2 in every second block"),
     ],
     "shift": ["plain", *SHIFTS],
