@@ -70,7 +70,8 @@ def train(cfg: Config) -> None:
         runner.train()
     except Exception:
         if runner.iter > 0 and runner.model.training and is_main_process():
-            runner.logger.error(f"Stopped by an error. {save_interrupted(runner, runner.iter)}")
+            why = "Interrupted" if interrupt.signal else "Stopped by an error"
+            runner.logger.error(f"{why}. {save_interrupted(runner, runner.iter)}")
         if interrupt.signal is None:
             raise
         raise SystemExit(128 + interrupt.signal) from None  # the signal killed a worker or another process first

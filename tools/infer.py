@@ -85,10 +85,10 @@ def plan(given: list[str], out: Path) -> list[tuple[Path, Path]]:
     """Each file to predict on with the picture to draw; no output is another's or an input."""
     if out.exists() and not (out / "results.json").is_file() and (not out.is_dir() or any(out.iterdir())):
         raise BadInput(f"{out} holds other things than predictions: give another --out-dir")
-    files = list(find_inputs(given, out))
-    taken = {path.resolve() for path, _ in files} | {(out / "results.json").resolve()}
+    files = {path.resolve(): (path, name) for path, name in find_inputs(given, out)}  # a file given twice counts once
+    taken = {*files, (out / "results.json").resolve()}
     jobs = []
-    for path, name in files:
+    for path, name in files.values():
         kind = path.suffix.lower()
         suffix = ".mp4" if kind in VIDEOS else ".jpg" if kind in (".jpg", ".jpeg") else ".png"
         for n in count(1):

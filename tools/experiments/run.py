@@ -22,6 +22,8 @@ import sys
 import time
 import zipfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import numpy as np
@@ -273,11 +275,18 @@ def main() -> None:
                 source = dict(source=str(args.data), cache=str(cache), checkpoint=str(checkpoint), commit=commit())
                 jobs.append({**job, **source})
     context = multiprocessing.get_context("spawn")
-    with args.out.open("a") as file, context.Pool(args.processes, maxtasksperchild=1) as pool:
-        for result in tqdm(pool.imap_unordered(train, jobs), args.study, len(jobs)):
-            file.write(json.dumps(result) + "\n")
-            file.flush()
-            tqdm.write(f"{result['contestant']}, seed {result['seed']}: {result['final']:.4f}")
+    with args.out.open("a") as file, ProcessPoolExecutor(args.processes, context, max_tasks_per_child=1) as pool:
+        try:
+            futures = [pool.submit(train, job) for job in jobs]
+            for future in tqdm(as_completed(futures), args.study, len(jobs)):
+                result = future.result()
+                file.write(json.dumps(result) + "\n")
+                file.flush()
+                tqdm.write(f"{result['contestant']}, seed {result['seed']}: {result['final']:.4f}")
+        except BrokenProcessPool:
+            raise SystemExit("error: a process was killed; the same command goes on after its last epoch") from None
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
 
 
 if __name__ == "__main__":
