@@ -43,6 +43,9 @@ def test_a_block_runs_no_kernel_but_these(index):
     assert counts.pop("add") == 3 and all(counts.pop(name) == 1 for name in weights[:2])
     expected = dict(convolution=1, native_layer_norm=2, addmm=5, msa_conv2d_native=1, gelu=1)
     assert counts == {**expected, **({"avg_pool2d": 1} if index else {})}
+    q, kv = block.attn.q(x), block.attn.kv(x)
+    for part in (q, *kv.chunk(2, 1)):  # nor inside of msa_conv2d_native
+        assert native._tokens(part).data_ptr() == part.data_ptr()
 
 
 @needs_native

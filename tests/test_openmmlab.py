@@ -118,6 +118,17 @@ def test_msa_conv_is_a_convolution_layer():
     sum(m.sum() for m in maps).backward()
 
 
+def test_msa_conv_in_a_mask_head_bears_a_batch_without_proposals():
+    from mmdet.models import FCNMaskHead
+
+    channels = dict(in_channels=16, conv_out_channels=16, num_classes=3)
+    head = FCNMaskHead(num_convs=2, **channels, conv_cfg=dict(type="MSAConv2d"))
+    masks = head(torch.zeros(0, 16, 14, 14))
+    assert masks.shape == (0, 3, 28, 28)
+    masks.sum().backward()
+    assert all(p.grad is not None and not p.grad.any() for p in head.convs.parameters())  # as DDP needs it
+
+
 def test_misspelt_argument_is_a_type_error():
     with pytest.raises(TypeError, match="out_indexes"):
         build(out_indexes=(1,))

@@ -1,5 +1,7 @@
 """msa_conv2d against loops that follow the definition word by word, and its backends against each other."""
 
+import itertools
+
 import pytest
 import torch
 from conftest import run
@@ -113,6 +115,13 @@ def test_gradients_are_derivatives(backend):
     )
 
 
+def test_second_derivatives_of_the_reference():
+    assert torch.autograd.gradgradcheck(
+        lambda q, k, v: msa_conv2d(q, k, v, 3, groups=2, shifts=[(1, 0), (-1, 2)], backend="reference"),
+        qkv((1, 2, 3, 4)),
+    )
+
+
 @needs_native
 def test_native_is_repeatable_in_any_number_of_threads():
     """Gradients of keys are sums over queries of several blocks of rows, added in one order."""
@@ -175,6 +184,17 @@ def test_compiler_that_fails_is_named(tmp_path, cc, words):
     assert not err
 
 
+@needs_native
+@pytest.mark.heavy
+@pytest.mark.parametrize("home", ["", "/dev/null", "/proc"])
+def test_native_needs_no_home(tmp_path, home):
+    """As in containers: no folder for a cache, or none to write to; nothing of it stays."""
+    code = "from tic_backbone import choose_backend; print(choose_backend())"
+    status, out, err = run("-c", code, XDG_CACHE_HOME=home, HOME="/proc", TMPDIR=str(tmp_path))
+    assert status == 0 and out.startswith("('native'"), out + err
+    assert not err and not any(tmp_path.iterdir())
+
+
 def test_padded_keys_take_softmax_mass():
     """With equal scores everywhere the corner of a 3 x 3 window keeps the 4 / 9 of its real values."""
     q, v = torch.zeros(1, 1, 4, 4), torch.ones(1, 1, 4, 4)
@@ -201,6 +221,37 @@ def test_memory_format_changes_nothing(backend):
         torch.testing.assert_close(msa_conv2d(*other, 5, groups=2, backend=backend), expected)
 
 
+@pytest.mark.parametrize("backend", RUNNING[1:])
+@pytest.mark.parametrize("stride", [1, 2, (2, 1)])
+@pytest.mark.parametrize("order", list(itertools.permutations(range(4))))
+def test_gradients_arrive_in_any_memory_format(backend, stride, order):
+    """As from transformers, which keep (tokens, N, C)."""
+    inputs = qkv((2, 4, 6, 10), dtype=torch.float32)
+    results = []
+    for name in ("reference", backend):
+        out = msa_conv2d(*inputs, 3, stride=stride, groups=2, backend=name)
+        shape = [out.shape[i] for i in order]
+        grad = (
+            torch.arange(out.numel(), dtype=torch.float32).sin().reshape(shape).permute([*map(order.index, range(4))])
+        )
+        results.append(torch.autograd.grad(out, inputs, grad))
+    torch.testing.assert_close(results[1], results[0])
+
+
+@pytest.mark.parametrize("backend", RUNNING)
+def test_an_empty_batch_has_an_empty_result_and_gradients(backend):
+    inputs = qkv((0, 4, 7, 5), (2, 1), torch.float32)
+    out = msa_conv2d(*inputs, 3, stride=2, key_stride=(2, 1), backend=backend)
+    assert out.shape == (0, 4, 4, 3)
+    assert [g.shape for g in torch.autograd.grad(out.sum(), inputs)] == [x.shape for x in inputs]
+
+
+@pytest.mark.parametrize("backend", RUNNING)
+def test_the_result_has_q_s_dtype_under_autocast_too(backend):
+    with torch.autocast("cpu", torch.bfloat16):
+        assert msa_conv2d(*qkv((1, 4, 5, 5), dtype=torch.float32), 3, backend=backend).dtype == torch.float32
+
+
 @pytest.mark.parametrize("backend", RUNNING)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_stays_near_float32(backend, dtype):
@@ -219,7 +270,10 @@ def test_coarse_grid_ratio_is_inferred_where_sizes_decide_it():
     torch.testing.assert_close(msa_conv2d(q, k, v, 3), msa_conv2d(q, k, v, 3, key_stride=2))
 
 
-@pytest.mark.parametrize(("backend", "least", "most"), [("reference", 49, 200), ("tiled", 4, 12), ("native", 4, 4.1)])
+@pytest.mark.parametrize(
+    ("backend", "least", "most"),
+    [("reference", 49, 200), ("tiled", 4, 12), pytest.param("native", 4, 4.1, marks=needs_native)],
+)
 def test_backward_keeps_nothing_of_window_size(backend, least, most):
     """In maps saved by autograd: native q, k, v and out; tiles a few copies of them; the reference 49 of k and v."""
     q, k, v = qkv((1, 32, 56, 56), dtype=torch.float32)
@@ -269,7 +323,9 @@ Q = torch.zeros(2, 6, 8, 8)
         (ValueError, "dilation", (Q, Q, Q, 3), {"dilation": -1}),
         (ValueError, "(5, 8)", (Q, Q[:, :, :5], Q[:, :, :5], 3), {}),
         (ValueError, "key_stride=3", (Q, Q[:, :, :4], Q[:, :, :4], 3), {"key_stride": 3}),
-        (ValueError, "empty", (Q[:0], Q[:0], Q[:0], 3), {}),
+        (ValueError, "(2, 0, 8, 8)", (Q[:, :0], Q[:, :0], Q[:, :0], 3), {}),
+        (ValueError, "(2, 6, 0, 8)", (Q[:, :, :0], Q[:, :, :0], Q[:, :, :0], 3), {}),
+        (TypeError, "tensor(0.5", (Q, Q, Q, 3), {"scale": torch.tensor(0.5)}),
         (ValueError, "2 pairs", (Q, Q, Q, 3), {"groups": 2, "shifts": [(0, 1)]}),
         (ValueError, "(1.5, 0)", (Q, Q, Q, 3), {"shifts": [(1.5, 0)]}),
         (ValueError, "'cuda'", (Q, Q, Q, 3), {"backend": "cuda"}),

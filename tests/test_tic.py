@@ -6,8 +6,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 from tic_backbone import VARIANTS, TiC, TiCConfig
+from tic_backbone.tic import Block, make_config
 
 SMALL = dict(channels=(16, 32, 48, 64), depths=(2, 1, 2, 1), head_dim=16, kernel_size=3)
 
@@ -124,6 +126,26 @@ def test_checkpointing_changes_neither_output_nor_gradient():
         results.append([*maps, *(p.grad for p in model.parameters())])
     for plain, recomputed in zip(*results):
         torch.testing.assert_close(recomputed, plain)
+
+
+def test_drop_path_drops_whole_samples_of_large_maps_without_gradients():
+    torch.manual_seed(0)
+    block = Block(16, make_config(SMALL), depth=0, index=0, drop_path=0.5).train()
+    block.pos, block.attn = nn.Identity(), nn.Identity()
+    x = torch.randn(1, 16, 96, 64).expand(8, -1, -1, -1)
+    with torch.no_grad():
+        out = block(x)
+    assert 1 < len(out.unique(dim=0)) <= 4  # either residual, both or none
+
+
+@pytest.mark.filterwarnings("ignore:Converting a tensor", "ignore:`torch.jit.trace")
+def test_traced_without_gradients_it_serves_other_sizes():
+    model = TiC(SMALL).eval()
+    with torch.no_grad():
+        traced = torch.jit.trace(model, torch.rand(1, 3, 256, 256), check_trace=False)
+        x = torch.rand(2, 3, 320, 192)
+        for got, want in zip(traced(x), model(x)):
+            torch.testing.assert_close(got, want)
 
 
 def test_drop_path_grows_linearly():

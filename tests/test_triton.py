@@ -12,6 +12,7 @@ import torch
 from conftest import run
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 triton = pytest.importorskip("triton")
 
@@ -171,6 +172,15 @@ class TestInterpreted:
             maps, arguments = problem(4, 2, size, (3, 3), shifts=((1, 1), (0, 2)))
             for got, want in zip(*(results(f, maps, arguments) for f in (compiled, backend.msa_conv2d_triton))):
                 assert torch.equal(got, want)
+
+    @pytest.mark.parametrize("first", [torch.inference_mode, FakeTensorMode])
+    def test_what_is_kept_of_shifts_serves_training_whatever_came_first(self, first):
+        backend._kept_table.cache_clear()
+        maps, arguments = problem(4, 1, (3, 2), (3, 3), shifts=((1, 1),))
+        with first():
+            backend.msa_conv2d_triton(*(torch.empty(x.shape) for x in maps), *arguments)
+        out = backend.msa_conv2d_triton(*(x.requires_grad_() for x in maps), *arguments)
+        assert all(g.isfinite().all() for g in torch.autograd.grad(out.sum(), maps))
 
     def test_wide_heads_go_to_the_tiles(self):
         maps, arguments = problem(backend.MAX_WIDTH + 1, 1, (3, 3), (3, 3))

@@ -39,9 +39,11 @@ def by_chunks(function: Callable, x: torch.Tensor) -> torch.Tensor:
     """`function`, which treats each token of (N, C, H, W) on its own and keeps C, on `CHUNK` tokens at a time.
 
     Where no gradient wants what lies between, that then stays in the cache, and its memory does not grow with the map.
+    Hooks of modules inside `function` then see the chunks, (1, C, CHUNK, 1).
     """
     n, c, h, w = x.shape
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or n * h * w <= CHUNK or x.device.type != "cpu":
+    whole = torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing()
+    if whole or n * h * w <= CHUNK or x.device.type != "cpu":
         return function(x)
     out = torch.empty_like(x, memory_format=torch.channels_last)
     chunks = (t.permute(0, 2, 3, 1).reshape(1, -1, 1, c).split(CHUNK, 1) for t in (x, out))

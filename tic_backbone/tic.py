@@ -93,7 +93,9 @@ class Block(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.pos(x)
         x = x + self.drop_path(self.attn(self.norm1(x)))
-        return by_chunks(lambda t: t + self.drop_path(self.mlp(self.norm2(t))), x)
+        if self.training:  # stochastic depth drops samples, not chunks of them
+            return x + self.drop_path(self.mlp(self.norm2(x)))
+        return by_chunks(lambda t: t + self.mlp(self.norm2(t)), x)
 
 
 class TiC(nn.Module):

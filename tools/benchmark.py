@@ -63,7 +63,7 @@ class Row:
     median: float
     fastest: float
     slowest: float
-    to_swin: float
+    to_swin: float | None  # None where Swin does not take part
     peak_mb: float | None
     parameters: float | None = None  # millions
     gmacs: float | None = None  # for the batch
@@ -150,11 +150,12 @@ def step(function: Callable, x: torch.Tensor, mode: str, args: argparse.Namespac
         torch.cuda.synchronize()
 
 
-def inputs(kind: str, batch: int, height: int, width: int, channels: int, device: str) -> torch.Tensor:
+def inputs(kind: str, batch: int, height: int, width: int, channels: int, args: argparse.Namespace) -> torch.Tensor:
     torch.manual_seed(0)
+    device, dtype = args.device, torch.bfloat16 if args.bf16 else torch.float32  # as autocast's projections give it
     if kind == "backbone":
         return torch.rand(batch, 3, height, width, device=device)
-    return torch.randn(batch, height, width, 3 * channels, device=device, requires_grad=True)
+    return torch.randn(batch, height, width, 3 * channels, device=device, dtype=dtype, requires_grad=True)
 
 
 def rounds(functions: dict[str, Callable], x: torch.Tensor, mode: str, args: argparse.Namespace) -> dict[str, list]:
@@ -174,7 +175,8 @@ def peaks(kind: str, name: str, mode: str, shapes: list, args: argparse.Namespac
     command = [sys.executable, __file__, "--peak-of", job, "--device", args.device, "--threads", str(args.threads)]
     done = subprocess.run([*command, *(["--bf16"] * args.bf16)], capture_output=True, text=True)
     if done.returncode:
-        raise SystemExit(f"error: {name} in {mode} on {shapes}: {done.stderr.strip().splitlines()[-1]}")
+        said = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]  # as where memory ran out
+        raise SystemExit(f"error: {name} in {mode} on {shapes}: {said[-1]}")
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -185,7 +187,7 @@ def measure_peaks(args: argparse.Namespace) -> list[float]:
         function.train(mode == "training")
     before, found = _memory(args.device), []
     for shape in shapes:
-        x = inputs(kind, *shape, args.device)
+        x = inputs(kind, *shape, args)
         step(function, x, mode, args)
         found.append(_memory(args.device) - before)
     return found
@@ -207,11 +209,12 @@ def compare(kind: str, mode: str, functions: dict[str, Callable], shapes: list, 
         for function in functions.values():
             if isinstance(function, nn.Module):
                 function.train(mode == "training")
-        times = rounds(functions, inputs(kind, batch, height, width, channels, args.device), mode, args)
+        times = rounds(functions, inputs(kind, batch, height, width, channels, args), mode, args)
         for name, values in times.items():
-            row = Row(kind, name, mode, batch, height, width, statistics.median(values), min(values), max(values), 0, 0)
-            swin = times.get(SWIN[kind], values)
-            row.to_swin, row.peak_mb = statistics.median(own / s for own, s in zip(values, swin)), peak[name][i]
+            ratios = [own / swin for own, swin in zip(values, times.get(SWIN[kind], ()))]
+            spread = statistics.median(values), min(values), max(values)
+            to_swin = statistics.median(ratios) if ratios else None
+            row = Row(kind, name, mode, batch, height, width, *spread, to_swin, peak[name][i])
             if kind == "backbone":
                 row.parameters = sum(p.numel() for p in functions[name].parameters()) / 1e6
                 row.gmacs = gmacs(name, batch, (height, width))
@@ -244,7 +247,8 @@ def markdown(rows: list[Row], args: argparse.Namespace) -> str:
             if (r.kind, r.mode) == (kind, mode):
                 text += (
                     f"| {r.name} | {r.batch} x {r.height} x {r.width} | {r.median:.1f} ({r.fastest:.1f} to "
-                    f"{r.slowest:.1f}) | {r.to_swin:.2f} | {1e3 * r.batch / r.median:.2f} | {r.peak_mb:.0f} | "
+                    f"{r.slowest:.1f}) | {'' if r.to_swin is None else f'{r.to_swin:.2f}'} | "
+                    f"{1e3 * r.batch / r.median:.2f} | {r.peak_mb:.0f} | "
                 )
                 text += f"{r.parameters:.1f} | {r.gmacs:.2f} |\n" if r.parameters else "| |\n"
     return text

@@ -125,7 +125,7 @@ def msa_conv2d(
         stride: only every stride-th query is computed, as a convolution computes every stride-th output.
         dilation: spacing of the window's keys, counted on their own grid.
         groups: 1 is the standard form, C the depthwise form, heads in between.
-        scale: factor on the scores; ``(C / groups) ** -0.5`` by default.
+        scale: factor on the scores, a number; ``(C / groups) ** -0.5`` by default. A learnable one belongs into q.
         key_stride: ratio r of the two grids, with ``Hk == ceil(H / r)``; the window of query (i, j) is centred on key
             ``(i // r, j // r)``. By default the smallest ratio that fits the two sizes. Sizes alone do not always
             decide it (4 queries over 2 keys: 2 or 3), so pass it where it is known.
@@ -144,8 +144,12 @@ def msa_conv2d(
     stride, dilation = pair(stride, "stride"), pair(dilation, "dilation")
     _check_tensors(q, k, v, groups)
     key_stride = _key_stride(q.shape[2:], k.shape[2:], key_stride)
+    if isinstance(scale, torch.Tensor):
+        raise TypeError(f"scale must be a number, got {scale!r}; multiply q by a learnable one")
     scale = (q.shape[1] // groups) ** -0.5 if scale is None else scale
     shifts = None if shifts is None else _shifts(shifts, groups)
+    if not q.shape[0]:  # as from a head without proposals; each input still gets a gradient
+        return q[:, :, :: stride[0], :: stride[1]] + 0 * (k.sum() + v.sum())
     name, _ = choose_backend(backend, q.device, q.dtype)
     return BACKENDS[name](q, k, v, kernel_size, stride, dilation, groups, scale, key_stride, shifts)
 
@@ -166,8 +170,8 @@ def _check_tensors(q, k, v, groups) -> None:
             "k and v must have one shape, and q their batch and channels, got "
             f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
         )
-    if min(q.shape) < 1 or min(k.shape) < 1:
-        raise ValueError(f"q, k and v must not be empty, got q {tuple(q.shape)}, k {tuple(k.shape)}")
+    if min(q.shape[1:]) < 1 or min(k.shape[1:]) < 1:
+        raise ValueError(f"q, k and v must have channels and tokens, got q {tuple(q.shape)}, k {tuple(k.shape)}")
     if type(groups) is not int or groups < 1 or q.shape[1] % groups:
         raise ValueError(f"groups must divide the {q.shape[1]} channels, got {groups=}")
 

@@ -48,19 +48,28 @@ def _failure() -> str:
 
 @cache
 def _function():
-    function = ctypes.CDLL(str(_library())).msa_conv2d
+    function = _library().msa_conv2d
     function.argtypes = [ctypes.POINTER(Problem), *[ctypes.c_void_p] * 11]
     return function
 
 
-def _library() -> Path:
-    """The compiled native.c out of the user's cache, made first where this kind of processor has none there."""
+def _library() -> ctypes.CDLL:
+    """The compiled native.c out of the user's cache; where that cannot be used, compiled for this process alone."""
     compiler = shutil.which(os.environ.get("CC", "cc")) or shutil.which("gcc") or shutil.which("clang")
     if not compiler:
         raise FileNotFoundError("no C compiler: neither $CC nor cc, gcc or clang is there")
+    try:
+        cache_home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        return ctypes.CDLL(str(_compiled(compiler, cache_home / "tic_backbone")))
+    except (OSError, RuntimeError):  # no home, or one that nothing can be written to, or run from
+        with tempfile.TemporaryDirectory(prefix="tic_backbone-") as folder:
+            return ctypes.CDLL(str(_compiled(compiler, Path(folder))))
+
+
+def _compiled(compiler: str, folder: Path) -> Path:
+    """The library in `folder`, made first where this kind of processor has none there."""
     key = hashlib.sha256(repr((SOURCE.read_text(), FLAGS, compiler, _processor())).encode()).hexdigest()[:16]
-    cache_home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    target = cache_home / "tic_backbone" / f"msa_conv2d-{key}.so"
+    target = folder / f"msa_conv2d-{key}.so"
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent) as folder:
@@ -75,7 +84,8 @@ def _library() -> Path:
 def _run(*command: str) -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     if done.returncode:
-        raise OSError(f"{command[0]} says {(done.stderr.strip().splitlines() or ['nothing'])[0]!r}")
+        said = done.stderr.strip().splitlines() or ["nothing"]
+        raise subprocess.SubprocessError(f"{command[0]} says {said[0]!r}")
 
 
 def _processor() -> str:
@@ -88,7 +98,7 @@ def _processor() -> str:
 
 
 def msa_conv2d_native(q, k, v, kernel_size, stride, dilation, groups, scale, key_stride, shifts):
-    """See `tic_backbone.msa_conv2d`. On the CPU; half-precision inputs are computed in float32."""
+    """See `tic_backbone.msa_conv2d`. On the CPU; half precision is computed in float32. Can be differentiated once."""
     dtype = q.dtype
     flat = [s for shift in shifts or ((0, 0),) * groups for s in shift]
     out, _ = _forward(
@@ -130,11 +140,12 @@ def _backward(
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The gradients of q, k and v."""
-    grad, q, k, v, out = _tokens(grad), _tokens(q), _tokens(k), _tokens(v), _tokens(out)
+    grad, out = _tokens(grad).contiguous(), _tokens(out).contiguous()
+    q, k, v = _tokens(q), _tokens(k), _tokens(v)
     dq, dk, dv = _gradients(q, k)
     kept = dq[:, :: geometry[2], :: geometry[3]]
     grad_of_kept = kept if kept.is_contiguous() else torch.empty_like(grad)
-    _call(q, k, v, geometry, shifts, scale, out.contiguous(), lse, grad.contiguous(), grad_of_kept, dk, dv)
+    _call(q, k, v, geometry, shifts, scale, out, lse, grad, grad_of_kept, dk, dv)
     if grad_of_kept is not kept:
         kept.copy_(grad_of_kept)
     return dq.permute(0, 3, 1, 2), dk.permute(0, 3, 1, 2), dv.permute(0, 3, 1, 2)

@@ -60,7 +60,7 @@ def window(axis: Axis, kernel: int, device: torch.device) -> torch.Tensor:
 
 def msa_conv2d_tiled(q, k, v, kernel_size, stride, dilation, groups, scale, key_stride, shifts):
     """See `tic_backbone.msa_conv2d`."""
-    n, c, *size = q.shape
+    dtype, (n, c, *size) = q.dtype, q.shape
     kept = [(length + s - 1) // s for length, s in zip(size, stride)]
     axes = [cut(*a) for a in zip(kept, kernel_size, stride, dilation, key_stride)]
     rows, cols = (window(axis, length, q.device) for axis, length in zip(axes, kernel_size))
@@ -73,7 +73,7 @@ def msa_conv2d_tiled(q, k, v, kernel_size, stride, dilation, groups, scale, key_
     keys = _tokens(image, keys, k.shape[2:], shifts or ((0, 0),))
     q, k, v = _gather(q, queries, groups), _gather(k, keys, groups), _gather(v, keys, groups)
     out = F.scaled_dot_product_attention(q, k, v, mask, scale=scale)  # (tiles, groups, tile^2, C / groups)
-    out = out.transpose(1, 2).reshape(-1, c)
+    out = out.transpose(1, 2).reshape(-1, c).to(dtype)  # autocast would have it in half precision
     return F.embedding(_untile(n, kept, axes, out.device), out).permute(0, 3, 1, 2)
 
 

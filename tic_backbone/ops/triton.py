@@ -396,7 +396,11 @@ def _table(shifts, device):
     return None if shifts is None else torch.tensor(shifts, dtype=torch.int32, device=device)
 
 
-_kept_table = lru_cache(_table)  # a copy to the device would wait for it in every call
+@lru_cache
+def _kept_table(shifts, device):
+    """A copy to the device would wait for it in every call. Autograd must be able to save the one that is kept."""
+    with torch.inference_mode(False):
+        return _table(shifts, device)
 
 
 def msa_conv2d_triton(q, k, v, kernel_size, stride, dilation, groups, scale, key_stride, shifts):
@@ -406,7 +410,8 @@ def msa_conv2d_triton(q, k, v, kernel_size, stride, dilation, groups, scale, key
     """
     if q.shape[1] // groups > MAX_WIDTH:
         return msa_conv2d_tiled(q, k, v, kernel_size, stride, dilation, groups, scale, key_stride, shifts)
-    table = (_table if torch.compiler.is_compiling() else _kept_table)(shifts, q.device)
+    real = type(q) is torch.Tensor and not torch.compiler.is_compiling()  # not in a graph, not a FakeTensor
+    table = (_kept_table if real else _table)(shifts, q.device)
     return _forward(q, k, v, table, kernel_size, stride, dilation, key_stride, groups, float(scale))[0]
 
 
