@@ -77,7 +77,7 @@ def data(tmp_path):
 
 
 def job(data, tmp_path, **changes):
-    settings = dict(contestant=contestants.TIC, seed=3, data="data", side=32, epochs=3, steps=2, mosaic=1)
+    settings = dict(contestant=contestants.TIC, seed=3, data="data", side=32, epochs=3, steps=2, mosaic=1, zoom=1)
     paths = dict(source=str(data), cache=str(tmp_path / "c.npz"), checkpoint=str(tmp_path / "k.pth"), commit="-")
     return {**settings, **paths, "steps": 2, "batch": 8, "lr": 1e-2, **changes}
 
@@ -206,6 +206,20 @@ def test_two_windows_share_one_softmax(windows):
     grad, leaves = torch.randn_like(out), [x, *layer.parameters()]
     found, wanted = (torch.autograd.grad(o, leaves, grad) for o in (out, expected))
     assert all(torch.allclose(f, g, atol=1e-4, rtol=1e-4) for f, g in zip(found, wanted))
+
+
+def test_zoomed_batches_have_whole_tokens_and_keep_what_lies_where():
+    generator, sides = torch.Generator().manual_seed(0), set()
+    x, y = runner.task(torch.arange(8.0).reshape(8, 1, 1, 1).expand(8, 3, 32, 32), torch.arange(8), 2)
+    for _ in range(60):
+        zoomed = runner.zoomed(x, 2, 2, generator)
+        sides.add(zoomed.shape[2])
+        middles = zoomed[:, 0, zoomed.shape[2] // 4 :: zoomed.shape[2] // 2][
+            ..., zoomed.shape[3] // 4 :: zoomed.shape[3] // 2
+        ]
+        assert torch.equal(middles, y.float())
+    assert sides == {32, 48, 64, 80, 96, 112, 128}
+    assert runner.zoomed(x, 1, 2, generator) is x
 
 
 def test_crops_hold_the_picture_and_zeros():

@@ -105,13 +105,18 @@ def resolution(lines: list[dict]) -> str:
 def over(lines: list[dict], condition: str, value: str, unit: str) -> str:
     """Of each contestant the mean over seeds of `value`, in percent, over the values of `condition`."""
     columns = sorted({line[condition] for line in lines})
-    text = "| contestant | mosaic | steps | seeds | " + " | ".join(unit.format(column) for column in columns) + " |\n"
-    text += "|---" * (len(columns) + 4) + "|\n"
+    text = (
+        "| contestant | mosaic | zoom | steps | seeds | "
+        + " | ".join(unit.format(column) for column in columns)
+        + " |\n"
+    )
+    text += "|---" * (len(columns) + 5) + "|\n"
     for own in by_network(lines):
         found = ([100 * line[value] for line in own if line[condition] == column] for column in columns)
         about = (
             own[0]["contestant"],
             own[0]["mosaic"],
+            f"{own[0]['zoom']:g}",
             own[0]["epochs"] * own[0]["steps"],
             len({r["seed"] for r in own}),
         )
@@ -133,8 +138,9 @@ def draw_sizes(lines: list[dict], path: Path) -> None:
     for own in by_network([line for line in lines if not line["pad"]]):
         scales = sorted({line["scale"] for line in own})
         tops = [statistics.mean(100 * line["accuracy"] for line in own if line["scale"] == scale) for scale in scales]
-        name, mosaic = own[0]["contestant"], own[0]["mosaic"]
-        axis.plot(scales, tops, "-" if mosaic > 1 else "--", marker=".", label=f"{name}, mosaic {mosaic}")
+        name, mosaic, zoom = (own[0][key] for key in ("contestant", "mosaic", "zoom"))
+        label = f"{name}, mosaic {mosaic}" + f", zoom {zoom:g}" * (zoom > 1)
+        axis.plot(scales, tops, "-" if zoom == 1 else "--", marker=".", label=label)
     axis.set_xscale("log", base=2)
     ticks = sorted({line["scale"] for line in lines})
     axis.set_xticks(ticks, [f"{scale:g}" for scale in ticks])

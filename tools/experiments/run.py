@@ -4,9 +4,10 @@
 
 Data: a folder or a zip with `train/<class>/*` and `test/<class>/*` pictures, such as CIFAR-10 written out as files; all
 are scaled to --side. With --mosaic M the task is a dense one: M x M pictures are laid side by side, and every token of
-the last map must name the class of the picture it lies in. Runs whose line is in --out already are skipped; one that
-was stopped goes on after its last epoch. Trained weights lie beside --out, as *.weights.pth. The contestants share
-seeds, order of pictures, augmentation (padded crops and flips), schedule and budget.
+the last map must name the class of the picture it lies in. With --zoom every training batch has a size of its own. Runs
+whose line is in --out already are skipped; one that was stopped goes on after its last epoch. Trained weights lie
+beside --out, as *.weights.pth. The contestants share seeds, order of pictures, augmentation (padded crops and flips),
+schedule and budget.
 """
 
 import argparse
@@ -37,7 +38,7 @@ from contestants import CONTESTANTS, STRIDE, STUDIES
 
 from tic_backbone.ops import native
 
-SETTINGS = ("data", "side", "mosaic", "epochs", "steps", "batch", "lr")
+SETTINGS = ("data", "side", "mosaic", "zoom", "epochs", "steps", "batch", "lr")
 KEY = ("contestant", "seed", *SETTINGS)  # what a run is
 
 
@@ -50,12 +51,15 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", help="these contestants, instead of a study's")
     parser.add_argument("--side", type=int, default=32, help="of the pictures, in pixels")
     parser.add_argument("--mosaic", type=int, default=1, help="pictures in a row and in a column; 1: classify pictures")
+    parser.add_argument("--zoom", type=float, default=1.0, help="scale each training batch by 1 / ZOOM to ZOOM")
     parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--steps", type=int, default=200, help="batches an epoch, drawn from all pictures")
     parser.add_argument("--batch", type=int, default=64, help="pictures, laid out in mosaics or not")
     parser.add_argument("--lr", type=float, default=2e-3, help="at the peak of the one cycle")
     parser.add_argument("--processes", type=int, default=1, help="runs side by side, of one thread each")
     args = parser.parse_args()
+    if args.zoom < 1:
+        parser.error(f"--zoom {args.zoom:g} must be at least 1")
     if args.batch % args.mosaic**2:
         parser.error(f"{args.batch} pictures make no whole mosaics of {args.mosaic} x {args.mosaic}")
     if args.side % (2 * STRIDE):
@@ -130,6 +134,16 @@ def augment(x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     return torch.stack([crop.flip(2) if f else crop for crop, f in zip(crops, flip)])
 
 
+def zoomed(x: torch.Tensor, zoom: float, mosaic: int, generator: torch.Generator) -> torch.Tensor:
+    """The mosaics scaled by one factor, as likely above 1 as below it, such that every picture has whole tokens."""
+    if zoom == 1:
+        return x
+    unit = mosaic * 2 * STRIDE
+    factor = zoom ** (2 * torch.rand((), generator=generator).item() - 1)
+    side = max(round(x.shape[2] * factor / unit), 1) * unit
+    return F.interpolate(x, (side, side), mode="bilinear", antialias=True)
+
+
 def task(x: torch.Tensor, y: torch.Tensor, mosaic: int) -> tuple[torch.Tensor, torch.Tensor]:
     """N pictures and classes to N / mosaic^2 mosaics and their maps of classes (row by row, left to right)."""
     y = y.unflatten(0, (-1, mosaic, mosaic))
@@ -199,7 +213,8 @@ def train(job: dict) -> dict:
         for i in range(job["steps"]):
             picked = order[torch.arange(i * job["batch"], (i + 1) * job["batch"]) % len(order)].numpy()
             x = augment(to_batch(data["train_x"][picked]), generator)
-            loss = F.cross_entropy(*scores(model, *task(x, torch.from_numpy(data["train_y"][picked]), job["mosaic"])))
+            x, y = task(x, torch.from_numpy(data["train_y"][picked]), job["mosaic"])
+            loss = F.cross_entropy(*scores(model, zoomed(x, job["zoom"], job["mosaic"], generator), y))
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
