@@ -285,6 +285,23 @@ def test_missing_data_is_named(tmp_path):
     assert status != 0 and "nowhere" in err and "Traceback" not in err
 
 
+def test_tables_of_the_docs_are_made_of_the_committed_lines():
+    import report
+
+    folder, known = ROOT / "docs" / "evidence", set()
+    runs = [SimpleNamespace(**json.loads(line)) for line in (folder / "results.jsonl").read_text().splitlines()]
+    for study in contestants.STUDIES:
+        for _, found, _ in report.comparisons(study, runs):
+            known.update(report.table(found).splitlines())
+    sizes = [json.loads(line) for line in (folder / "resolution.jsonl").read_text().splitlines()]
+    known.update(report.resolution(sizes).splitlines())
+    known.update((folder / "erf.md").read_text().splitlines())
+    lines = (ROOT / "docs" / "evidence.md").read_text().splitlines()
+    shown = {line for line in lines if line[2:].split(" | ")[0] in contestants.CONTESTANTS}
+    wrong = shown - known
+    assert len(shown) > 30 and not wrong
+
+
 def test_report_compares_in_pairs_of_seeds():
     import report
 

@@ -150,6 +150,17 @@ def draw_sizes(lines: list[dict], path: Path) -> None:
     plt.close(figure)
 
 
+def comparisons(study: str, runs: Sequence[SimpleNamespace]) -> Iterator[tuple[tuple, list[Row], list[str]]]:
+    """Of each budget under which a study's first contestant ran with others: the budget, rows, the code's commits."""
+    names = STUDIES[study]
+    for budget in dict.fromkeys(tuple(getattr(run, key) for key in SETTINGS) for run in runs):
+        chosen = [run for run in runs if tuple(getattr(run, key) for key in SETTINGS) == budget]
+        chosen = [run for name in names for run in chosen if run.contestant == name]
+        found = list(rows(chosen))
+        if len(found) > 1 and found[0].name == names[0]:
+            yield budget, found, sorted({run.commit for run in chosen})
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("results", type=Path, nargs="+")
@@ -163,19 +174,14 @@ def main() -> None:
         (args.out / "resolution.md").write_text(text)
         draw_sizes(tested, args.out / "resolution.png")
         print(text)
-    budgets = dict.fromkeys(tuple(getattr(run, key) for key in SETTINGS) for run in runs)
-    for study, names in STUDIES.items():
+    for study in STUDIES:
         text = f"# {study}\n"
-        for i, budget in enumerate(budgets):
-            chosen = [run for run in runs if tuple(getattr(run, key) for key in SETTINGS) == budget]
-            found = list(rows([run for name in names for run in chosen if run.contestant == name]))
-            if len(found) < 2 or found[0].name != names[0]:
-                continue  # nothing to compare
+        for i, (budget, found, commits) in enumerate(comparisons(study, runs), 1):
             described = ", ".join(f"{key} {value}" for key, value in zip(SETTINGS, budget))
             text += f"\n{described}\n\n{table(found)}\n"
-            if len(commits := sorted({run.commit for run in chosen if run.contestant in names})) > 1:
+            if len(commits) > 1:
                 text += f"\nThe code was that of {', '.join(commits)}.\n"
-            draw(found, described, args.out / f"{study}-{i + 1}.png")
+            draw(found, described, args.out / f"{study}-{i}.png")
         if "|" in text:
             (args.out / f"{study}.md").write_text(text)
             print(text)
