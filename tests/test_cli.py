@@ -5,11 +5,13 @@ import json
 
 import numpy as np
 import pytest
+import torch
+import train
 from mmengine.config import Config
 from mmengine.registry import MODELS
 from PIL import Image
 
-from tic_backbone import TiC
+from tic_backbone import TiC, cli
 from tic_backbone.cli import (
     BadInput,
     LoadImageFromFile,
@@ -18,7 +20,9 @@ from tic_backbone.cli import (
     data_files,
     explain,
     is_truncated,
+    load_backbone,
     read_config,
+    to_tensor,
 )
 
 
@@ -122,3 +126,89 @@ def test_impossible_options_are_named(root):
 def test_bases_in_mmseg_are_found(tmp_path):
     (tmp_path / "c.py").write_text('_base_ = "mmseg::_base_/datasets/ade20k.py"\n')
     assert Config.fromfile(tmp_path / "c.py").dataset_type == "ADE20KDataset"
+
+
+@pytest.fixture
+def configured(tmp_path, monkeypatch):
+    """What tools/train.py makes of a config's source and of options."""
+    monkeypatch.setattr(train, "is_cuda_available", lambda: "--gpu" in options)
+    options = []
+
+    def configure(*given, source=""):
+        options[:] = given
+        (tmp_path / "c.py").write_text(f"{LEAST}\n{source}")
+        argv = ["train.py", str(tmp_path / "c.py"), "--work-dir", str(tmp_path / "work")]
+        monkeypatch.setattr("sys.argv", [*argv, *(option for option in given if option != "--gpu")])
+        return train.configure(train.parse_args())
+
+    return configure
+
+
+LEAST = """
+custom_imports = dict(imports=["tic_backbone.openmmlab"])
+model = dict(backbone=dict(type="TiC", arch="nano"))
+optim_wrapper = dict(type="OptimWrapper", loss_scale=8.0)
+"""
+
+
+def test_mixed_precision_is_what_was_asked_for(configured):
+    option = ("--cfg-options", "optim_wrapper.dtype=bfloat16")
+    assert configured(*option).optim_wrapper == dict(type="OptimWrapper", loss_scale=8.0, dtype="bfloat16")
+    on_gpu = configured("--gpu", "--amp", *option)
+    assert on_gpu.optim_wrapper == dict(type="AmpOptimWrapper", loss_scale=8.0, dtype="bfloat16")
+    on_cpu = configured("--amp", *option)
+    assert on_cpu.optim_wrapper == dict(type="BFloat16OptimWrapper")
+    assert on_cpu.custom_imports.imports == ["tic_backbone.openmmlab", "tic_backbone.engine"]
+
+
+def test_a_first_run_with_resume_begins_with_load_from(configured, tmp_path):
+    for name in ("start", "other"):
+        torch.save(dict(state_dict={}), tmp_path / f"{name}.pth")
+    load = f"load_from = {str(tmp_path / 'start.pth')!r}"
+    cfg = configured("--resume", source=load)
+    assert not cfg.get("resume") and cfg.load_from == str(tmp_path / "start.pth")
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work" / "last_checkpoint").write_text(str(tmp_path / "other.pth"))
+    cfg = configured("--resume", source=load)
+    assert cfg.resume and cfg.load_from is None
+    cfg = configured("--resume", str(tmp_path / "other.pth"), source=load)
+    assert cfg.resume and cfg.load_from == str(tmp_path / "other.pth")
+
+
+def test_pretrained_keeps_what_else_init_cfg_says(configured):
+    cfg = configured("--pretrained", "w.pth", "--cfg-options", "model.backbone.init_cfg.min_matched=0")
+    assert cfg.model.backbone.init_cfg == dict(type="Pretrained", checkpoint="w.pth", min_matched=0)
+
+
+@pytest.mark.parametrize("flag", ["to_rgb=True", "to_rgb=False", 'type="ImgDataPreprocessor", bgr_to_rgb=True'])
+def test_backbones_get_photos_as_their_config_has_them(flag, tmp_path, monkeypatch):
+    (tmp_path / "c.py").write_text(f"""
+_base_ = "mmpretrain::_base_/default_runtime.py"
+custom_imports = dict(imports=["tic_backbone.openmmlab"])
+data_preprocessor = dict(mean=[1.0, 20.0, 300.0], std=[1.0, 2.0, 4.0], {flag})
+model = dict(type="ImageClassifier", backbone=dict(type="TiC", arch="nano"))
+""")
+    seen = []
+    build = cli.MODELS.build
+
+    def spied(cfg):
+        whole = build(cfg)
+        whole.backbone.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+        return whole
+
+    monkeypatch.setattr(cli.MODELS, "build", spied)
+    photo = np.random.default_rng(0).integers(0, 256, (32, 40, 3), np.uint8)
+    load_backbone(str(tmp_path / "c.py"))[1](to_tensor(Image.fromarray(photo))[None])
+    rgb = "True" in flag
+    wanted = (photo if rgb else photo[..., ::-1]) - np.array([1.0, 20, 300])
+    np.testing.assert_allclose(seen[0][0].permute(1, 2, 0), wanted / [1, 2, 4], atol=1e-3)
+
+
+def test_a_checkpoint_without_all_of_the_backbone_is_refused(tmp_path):
+    weights = load_backbone("tic_nano")[0].state_dict()
+    torch.save(weights, tmp_path / "whole.pth")
+    load_backbone("tic_nano", str(tmp_path / "whole.pth"))
+    del weights["stages.3.1.attn.q.weight"]
+    torch.save(weights, tmp_path / "part.pth")
+    with pytest.raises(BadInput, match=r"part\.pth lacks .*stages\.3\.1\.attn\.q\.weight"):
+        load_backbone("tic_nano", str(tmp_path / "part.pth"))

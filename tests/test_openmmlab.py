@@ -12,7 +12,7 @@ from mmengine.model import BaseModule
 from mmengine.registry import MODELS
 
 import tic_backbone
-from tic_backbone.openmmlab import load_pretrained, read_mm_checkpoint
+from tic_backbone.openmmlab import MSAConv2d, load_pretrained, read_mm_checkpoint
 
 SMALL = dict(channels=(16, 32, 48, 64), depths=(1, 1, 1, 1), head_dim=16, kernel_size=3)
 
@@ -106,7 +106,7 @@ def test_other_init_cfg_is_refused(cfg):
 def test_msa_conv_is_a_convolution_layer():
     """conv_cfg in any model that takes one: the sizes are those of the convolutions it replaces."""
     from mmcv.cnn import ConvModule
-    from mmdet.models import ResNet
+    from mmdet.models import FPN, ResNet
 
     cfg = dict(type="MSAConv2d")
     module = ConvModule(8, 16, 3, stride=2, padding=1, conv_cfg=cfg, norm_cfg=dict(type="BN"))
@@ -116,6 +116,9 @@ def test_msa_conv_is_a_convolution_layer():
     maps = resnet(torch.randn(2, 3, 67, 64))
     assert [m.shape[1:] for m in maps] == [(8, 17, 16), (16, 9, 8), (32, 5, 4), (64, 3, 2)]
     sum(m.sum() for m in maps).backward()
+    fpn = FPN([8, 16], 8, num_outs=2, conv_cfg=dict(**cfg, heads=4))
+    assert {m.groups for m in fpn.modules() if isinstance(m, MSAConv2d)} == {4}
+    assert [m.shape for m in fpn(maps[:2])] == [(2, 8, 17, 16), (2, 8, 9, 8)]
 
 
 def test_msa_conv_in_a_mask_head_bears_a_batch_without_proposals():

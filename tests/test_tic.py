@@ -138,6 +138,13 @@ def test_drop_path_drops_whole_samples_of_large_maps_without_gradients():
     assert 1 < len(out.unique(dim=0)) <= 4  # either residual, both or none
 
 
+def test_weights_go_into_safetensors(tmp_path):
+    safetensors = pytest.importorskip("safetensors.torch")
+    model = TiC(SMALL)
+    safetensors.save_file(model.state_dict(), tmp_path / "w.safetensors")
+    TiC(SMALL).load_state_dict(safetensors.load_file(tmp_path / "w.safetensors"))
+
+
 @pytest.mark.filterwarnings("ignore:Converting a tensor", "ignore:`torch.jit.trace")
 def test_traced_without_gradients_it_serves_other_sizes():
     model = TiC(SMALL).eval()

@@ -24,7 +24,6 @@ from tic_backbone.openmmlab import read_mm_checkpoint
 from tic_backbone.swap import swap_backbone
 
 PACKAGE = Path(__file__).parent
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, of values between 0 and 1
 MODULE2PACKAGE["mmseg"] = "mmseg"  # look for the module: its distribution has another name in the forks
 
 
@@ -78,12 +77,17 @@ def _read(config: str) -> Config:
 
 
 def load_backbone(model: str, checkpoint: str = "", size: int = 224) -> tuple[nn.Module, Callable]:
-    """A backbone in eval mode, and a function from its images, (N, 3, H, W), to its last map, (N, C, h, w).
+    """A backbone in eval mode, and a function from photos, (N, 3, H, W), to its last map, (N, C, h, w).
+
+    The function takes RGB from 0 to 1, and normalizes it as the model wants.
 
     Args:
         model: a config, as `read_config` takes them, whose backbone is meant, or a model of timm's by name.
         checkpoint: weights of the whole model; without one they are random, the same at every call.
         size: px a side of the images, for those of timm's models that are made for one.
+
+    Raises:
+        BadInput: if there is no such model, or the checkpoint lacks a weight of the backbone.
     """
     torch.manual_seed(0)
     if model.endswith(".py"):
@@ -93,8 +97,11 @@ def load_backbone(model: str, checkpoint: str = "", size: int = 224) -> tuple[nn
             whole = MODELS.build(cfg.model)
         if not hasattr(whole, "backbone"):
             raise BadInput(f"the model of {model}, a {type(whole).__name__}, has no backbone")
-        backbone = whole.backbone
+        backbone, prefix = whole.backbone, "backbone."
         last = lambda images: backbone(images)[-1]  # noqa: E731
+        wanted = cfg.model.data_preprocessor or {}
+        order = [0, 1, 2] if wanted.get("bgr_to_rgb") or wanted.get("to_rgb") else [2, 1, 0]
+        unit, mean, std = 255, wanted.get("mean") or [0.0], wanted.get("std") or [1.0]
     else:
         import timm
 
@@ -106,18 +113,22 @@ def load_backbone(model: str, checkpoint: str = "", size: int = 224) -> tuple[nn
             whole = timm.create_model(model, num_classes=0, img_size=size)
         except TypeError:  # of models that take any size
             whole = timm.create_model(model, num_classes=0)
-        backbone = whole
+        backbone, prefix = whole, ""
         last = lambda images: whole.forward_intermediates(images, indices=1, intermediates_only=True)[-1]  # noqa: E731
+        wanted = timm.data.resolve_model_data_config(whole)
+        order, unit, mean, std = [0, 1, 2], 1, wanted["mean"], wanted["std"]
     if checkpoint:
-        load_weights(whole, read_mm_checkpoint(checkpoint))
+        report = load_weights(whole, read_mm_checkpoint(checkpoint))
+        if lacking := [name for name in (*report.missing, *report.mismatched) if name.startswith(prefix)]:
+            raise BadInput(f"{checkpoint} lacks weights of the backbone, which would stay random: {lacking}")
     whole.eval()
-    return backbone, last
+    mean, std = (torch.tensor(values)[:, None, None] for values in (mean, std))
+    return backbone, lambda photos: last((unit * photos[:, order] - mean) / std)
 
 
-def normalized(photo: Image.Image) -> torch.Tensor:
-    """(3, H, W) with ImageNet's means and deviations, which the configs and most of timm's models want."""
-    x = torch.from_numpy(np.array(photo.convert("RGB"))).permute(2, 0, 1) / 255
-    return (x - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
+def to_tensor(photo: Image.Image) -> torch.Tensor:
+    """(3, H, W), RGB from 0 to 1."""
+    return torch.from_numpy(np.array(photo.convert("RGB"))).permute(2, 0, 1) / 255
 
 
 def check_data(cfg: Config, *splits: str) -> None:

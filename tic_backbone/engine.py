@@ -14,11 +14,10 @@ from mmengine.config import Config
 from mmengine.dist import is_main_process
 from mmengine.hooks import Hook
 from mmengine.optim import OptimWrapper
-from mmengine.registry import HOOKS, OPTIM_WRAPPERS
+from mmengine.registry import OPTIM_WRAPPERS
 from mmengine.runner import Runner
 
 
-@HOOKS.register_module()
 class InterruptHook(Hook):
     """On Ctrl-C or SIGTERM finish the iteration, save a checkpoint and leave; on the second Ctrl-C leave at once.
 
@@ -65,6 +64,7 @@ class InterruptHook(Hook):
 def train(cfg: Config) -> None:
     """Train, and save what was trained if anything stops it."""
     runner, interrupt = Runner.from_cfg(cfg), InterruptHook()
+    runner.register_hook(CurvesHook())
     runner.register_hook(interrupt)
     try:
         runner.train()
@@ -92,7 +92,6 @@ def save_interrupted(runner: Runner, iterations: int) -> str:
     return f"What was trained is in {path}; the same command with --resume goes on from it."
 
 
-@HOOKS.register_module()
 class CurvesHook(Hook):
     """Draw loss and validation metrics of all runs in the work dir so far into ``curves.png``."""
 

@@ -217,5 +217,4 @@ def downsample(in_channels: int, out_channels: int) -> nn.Sequential:
 
 
 def _halving(in_channels: int, out_channels: int) -> nn.Conv2d:
-    """Its weight lies in memory as the maps do, and so does the gradient: no copy between layouts in training."""
-    return nn.Conv2d(in_channels, out_channels, 3, stride=2, padding=1).to(memory_format=torch.channels_last)
+    return nn.Conv2d(in_channels, out_channels, 3, stride=2, padding=1)

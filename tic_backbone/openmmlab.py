@@ -12,14 +12,22 @@ from mmengine.logging import HistoryBuffer, print_log
 from mmengine.model import BaseModule
 from mmengine.registry import MODELS
 
-from tic_backbone import tic
+from tic_backbone import layers, tic
 from tic_backbone.checkpoint import LoadReport, load_weights, read_checkpoint, strip_prefix
-from tic_backbone.layers import MSAConv2d
 from tic_backbone.swap import swap_backbone
 
-__all__ = ["TiC", "load_pretrained", "read_mm_checkpoint", "swap_backbone"]
+__all__ = ["MSAConv2d", "TiC", "load_pretrained", "read_mm_checkpoint", "swap_backbone"]
 
-MODELS.register_module(module=MSAConv2d)  # conv_cfg=dict(type="MSAConv2d")
+
+@MODELS.register_module()
+class MSAConv2d(layers.MSAConv2d):
+    """`tic_backbone.MSAConv2d` as ``conv_cfg=dict(type='MSAConv2d', heads=4)``.
+
+    ``heads`` stands for ``groups``, which mmcv's ``ConvModule`` gives itself.
+    """
+
+    def __init__(self, *args, heads: int | None = None, **fields) -> None:
+        super().__init__(*args, **(fields if heads is None else {**fields, "groups": heads}))
 
 
 @MODELS.register_module()

@@ -16,7 +16,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 
 from tic_backbone import MSAConv2d
-from tic_backbone.cli import BadInput, load_backbone, normalized, readable_errors
+from tic_backbone.cli import BadInput, load_backbone, readable_errors, to_tensor
 from tic_backbone.inspection import Window, window_weights
 
 matplotlib.use("Agg")
@@ -47,7 +47,7 @@ def look(model: str, photo: Image.Image, at: tuple[int, int], layer: int) -> tup
     seen = []
     layers[layer].register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     with torch.no_grad():
-        run(normalized(photo)[None])
+        run(to_tensor(photo)[None])
     sides = list(zip((photo.height, photo.width), seen[0].shape[2:]))
     stride = next(s for s in (1, 2, 4, 8, 16, 32) if all(-(-side // s) <= tokens for side, tokens in sides))
     window = window_weights(layers[layer], seen[0], y // stride, x // stride)

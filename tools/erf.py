@@ -21,7 +21,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
-from tic_backbone.cli import MEAN, STD, BadInput, load_backbone, normalized, readable_errors
+from tic_backbone.cli import BadInput, load_backbone, readable_errors, to_tensor
 from tic_backbone.inspection import receptive_field, side_of_square
 
 sys.path.insert(0, str(Path(__file__).parent / "experiments"))
@@ -46,7 +46,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def read_photos(folder: Path, size: int, number: int) -> list[torch.Tensor]:
-    """The middle of each photo as (3, size, size), normalized; a smaller photo is scaled up first."""
+    """The middle of each photo as (3, size, size), RGB from 0 to 1; a smaller photo is scaled up first."""
     photos: list[torch.Tensor] = []
     for path in sorted(folder.rglob("*")):
         if len(photos) == number:
@@ -58,7 +58,7 @@ def read_photos(folder: Path, size: int, number: int) -> list[torch.Tensor]:
         ratio = size / min(*photo.size, size)
         photo = photo.resize([max(round(side * ratio), size) for side in photo.size])
         left, top = (photo.width - size) // 2, (photo.height - size) // 2
-        photos.append(normalized(photo.crop((left, top, left + size, top + size))))
+        photos.append(to_tensor(photo.crop((left, top, left + size, top + size))))
     if not photos:
         raise BadInput(f"there are no photos in {folder}")
     return photos
@@ -69,9 +69,7 @@ def load(model: str, size: int) -> Callable:
     if model.endswith(".weights.pth") or model in CONTESTANTS:
         torch.manual_seed(0)
         net = CONTESTANTS[model](10).eval() if model in CONTESTANTS else trained(Path(model))[1]
-        features, scale = net.features, torch.tensor(STD)[:, None, None]
-        # run.py's pictures lie between -1 and 1.
-        return lambda images: features(2 * (images * scale + torch.tensor(MEAN)[:, None, None]) - 1)
+        return lambda photos: net.features(2 * photos - 1)  # as run.py's pictures
     name, _, checkpoint = model.partition("@")
     return load_backbone(name, checkpoint, size)[1]
 

@@ -8,6 +8,7 @@ import argparse
 
 from mmengine.config import Config
 from mmengine.device import is_cuda_available
+from mmengine.runner import find_latest_checkpoint
 
 from tic_backbone.cli import BadInput, argument_parser, check_data, checked_checkpoint, read_config, readable_errors
 from tic_backbone.engine import train
@@ -31,18 +32,24 @@ def configure(args: argparse.Namespace) -> Config:
         backbone = (cfg.model.get("detector") or cfg.model).get("backbone") or {}
         if backbone.get("type") != "TiC":
             raise BadInput(f"--pretrained is for TiC, the config's backbone is {backbone.get('type')}: add --backbone")
-        backbone.init_cfg = dict(type="Pretrained", checkpoint=args.pretrained)
-    cfg.custom_hooks = [*(cfg.get("custom_hooks") or []), dict(type="CurvesHook")]
-    if args.resume:
-        cfg.resume, cfg.load_from = True, None if args.resume == "auto" else args.resume
+        backbone.init_cfg = {**(backbone.get("init_cfg") or {}), "type": "Pretrained", "checkpoint": args.pretrained}
+    if args.resume and args.resume != "auto":
+        cfg.resume, cfg.load_from = True, args.resume
+    elif args.resume and find_latest_checkpoint(cfg.work_dir):  # else a first run, which load_from may begin
+        cfg.resume, cfg.load_from = True, None
     if cfg.get("load_from"):
         cfg.load_from = checked_checkpoint(cfg.load_from)
-    if args.amp:
-        if "roi_head" in (cfg.model.get("detector") or cfg.model) and not is_cuda_available():
+    if args.amp and is_cuda_available():
+        cfg.optim_wrapper.type = "AmpOptimWrapper"
+    elif args.amp:
+        if "roi_head" in (cfg.model.get("detector") or cfg.model):
             raise BadInput("--amp: mmcv's RoIAlign has no bfloat16 on CPUs, leave --amp out here")
-        for key in ("loss_scale", "dtype", "use_fsdp"):
+        for key in ("loss_scale", "dtype", "use_fsdp"):  # of AmpOptimWrapper
             cfg.optim_wrapper.pop(key, None)
-        cfg.optim_wrapper.type = "AmpOptimWrapper" if is_cuda_available() else "BFloat16OptimWrapper"
+        cfg.optim_wrapper.type = "BFloat16OptimWrapper"
+        known = (cfg.get("custom_imports") or {}).get("imports", [])
+        known = [known] if isinstance(known, str) else known
+        cfg.custom_imports = dict(imports=[*known, "tic_backbone.engine"])  # for whoever runs the config that is saved
     return cfg
 
 
