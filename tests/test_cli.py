@@ -11,7 +11,7 @@ from mmengine.config import Config
 from mmengine.registry import MODELS
 from PIL import Image
 
-from tic_backbone import TiC, cli
+from tic_backbone import TiC
 from tic_backbone.cli import (
     BadInput,
     LoadImageFromFile,
@@ -182,22 +182,15 @@ def test_pretrained_keeps_what_else_init_cfg_says(configured):
 
 @pytest.mark.parametrize("rgb", [True, False])
 @pytest.mark.parametrize(("config", "flag"), [("retinanet", "bgr_to_rgb"), ("classifier", "to_rgb")])
-def test_backbones_get_photos_as_their_config_has_them(config, flag, rgb, root, tmp_path, monkeypatch):
+def test_backbones_get_photos_as_their_config_has_them(config, flag, rgb, root, tmp_path):
     wanted = f"dict(mean=[1.0, 20.0, 300.0], std=[1.0, 2.0, 4.0], {flag}={rgb})"
     where = f"data_preprocessor = {wanted}" if config == "classifier" else f"model = dict(data_preprocessor={wanted})"
     (tmp_path / "c.py").write_text(f'_base_ = "{root}/configs/tic_{config}.py"\n{where}\n')
     seen = []
-    build = cli.MODELS.build
-
-    def spied(cfg):
-        whole = build(cfg)
-        if isinstance(whole, TiC):
-            whole.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
-        return whole
-
-    monkeypatch.setattr(cli.MODELS, "build", spied)
+    backbone, run = load_backbone(str(tmp_path / "c.py"))
+    backbone.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     photo = np.random.default_rng(0).integers(0, 256, (32, 40, 3), np.uint8)
-    load_backbone(str(tmp_path / "c.py"))[1](to_tensor(Image.fromarray(photo))[None])
+    run(to_tensor(Image.fromarray(photo))[None])
     wanted = (photo if rgb else photo[..., ::-1]) - np.array([1.0, 20, 300])
     np.testing.assert_allclose(seen[0][0].permute(1, 2, 0), wanted / [1, 2, 4], atol=1e-3)
 
