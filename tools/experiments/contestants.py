@@ -325,6 +325,7 @@ CONTESTANTS: dict[str, Callable[[int], nn.Module]] = {  # from a number of class
     "pool c, 4, every second block": _plain(_second(_msa(), lambda c, i: Union(c, pooled=4))),
     "shift a, 2 + pool a, 2": _plain(lambda c, i: _msa(cyclic_shift=2, turn=i, inter_pool=1 + i % 2)(c, i)),
     "shift a, 1 + pool a, 2": _plain(lambda c, i: _msa(cyclic_shift=1, turn=i, inter_pool=1 + i % 2)(c, i)),
+    "shift a, 1 + dilation 2": _plain(lambda c, i: _msa(cyclic_shift=1, turn=i, dilation=1 + i % 2)(c, i)),
     "shift b, 1 + pool a, 2": _plain(
         _second(_msa(), lambda c, i: _msa(cyclic_shift=1, turn=i // 2, inter_pool=2)(c, i))
     ),
