@@ -201,13 +201,19 @@ class Displaced(MSAConv2d):
 class ChannelShift(MSAConv2d):
     """The cyclic shift by channels instead of heads: a fifth of every head's channels from each direction."""
 
+    def __init__(self, channels: int, length: int, inter_pool: int = 1) -> None:
+        super().__init__(channels, channels, 3, groups=channels // HEAD, inter_pool=inter_pool)
+        self.length = length
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        k, v = (self._rolled(part) for part in self.kv(x).chunk(2, 1))
-        return self.proj(msa_conv2d(self.q(x), k, v, self.kernel_size, groups=self.groups))
+        keys = x if self.inter_pool == 1 else inter_pool(x, self.inter_pool)
+        k, v = (self._rolled(part) for part in self.kv(keys).chunk(2, 1))
+        options = dict(groups=self.groups, key_stride=self.inter_pool)
+        return self.proj(msa_conv2d(self.q(x), k, v, self.kernel_size, **options))
 
     def _rolled(self, x: torch.Tensor) -> torch.Tensor:
         heads = x.unflatten(1, (self.groups, -1))
-        steps = [(-2 * down, -2 * right) for down, right in DIRECTIONS]
+        steps = [(-self.length * down, -self.length * right) for down, right in DIRECTIONS]
         parts = [part.roll(s, (3, 4)) for part, s in zip(heads.tensor_split(len(steps), 2), steps)]
         return torch.cat(parts, 2).flatten(1, 2).contiguous(memory_format=torch.channels_last)
 
@@ -311,7 +317,8 @@ CONTESTANTS: dict[str, Callable[[int], nn.Module]] = {  # from a number of class
     "shift a, 2": _plain(lambda c, i: _msa(cyclic_shift=2, turn=i)(c, i)),
     "shift a, 3": _plain(lambda c, i: _msa(cyclic_shift=3, turn=i)(c, i)),
     "shift b, 2": _plain(_second(_msa(), lambda c, i: Displaced(c, 2, i // 2))),
-    "shift c, 2": _plain(lambda c, i: ChannelShift(c, c, 3, groups=c // HEAD)),
+    "shift c, 1": _plain(lambda c, i: ChannelShift(c, 1)),
+    "shift c, 2": _plain(lambda c, i: ChannelShift(c, 2)),
     "shift d, 1": _plain(lambda c, i: Union(c, displaced=1, turn=i)),
     "shift d, 2": _plain(lambda c, i: Union(c, displaced=2, turn=i)),
     "shift d, 3": _plain(lambda c, i: Union(c, displaced=3, turn=i)),
@@ -329,6 +336,8 @@ CONTESTANTS: dict[str, Callable[[int], nn.Module]] = {  # from a number of class
     "shift b, 1 + pool a, 2": _plain(
         _second(_msa(), lambda c, i: _msa(cyclic_shift=1, turn=i // 2, inter_pool=2)(c, i))
     ),
+    "shift c, 1 + pool a, 2": _plain(lambda c, i: ChannelShift(c, 1, 1 + i % 2)),
+    "shift c, 2 + pool a, 2": _plain(lambda c, i: ChannelShift(c, 2, 1 + i % 2)),
     "shift d, 1 + pool c, 2": _plain(lambda c, i: Union(c, displaced=1, turn=i, pooled=2)),
     "shift d, 2 + pool c, 2": _plain(lambda c, i: Union(c, displaced=2, turn=i, pooled=2)),
     "shift d, 1 + pool c, 2, every second block": _plain(
