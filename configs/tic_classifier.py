@@ -23,10 +23,10 @@ test_dataloader = val_dataloader
 optim_wrapper = dict(
     optimizer=dict(_delete_=True, type="AdamW", lr=1e-3, weight_decay=0.05), clip_grad=dict(max_norm=5)
 )
-train_cfg = dict(max_epochs=12)
+train_cfg = dict(max_epochs=24)
 param_scheduler = [
     dict(type="LinearLR", start_factor=0.01, by_epoch=False, begin=0, end=40),
-    dict(type="CosineAnnealingLR", eta_min_ratio=0.01, begin=0, end=12, by_epoch=True, convert_to_iter_based=True),
+    dict(type="CosineAnnealingLR", eta_min_ratio=0.01, begin=0, end=24, by_epoch=True, convert_to_iter_based=True),
 ]
 default_hooks = dict(
     checkpoint=dict(max_keep_ckpts=2),
