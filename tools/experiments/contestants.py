@@ -199,11 +199,11 @@ class Displaced(MSAConv2d):
 
 
 class ChannelShift(MSAConv2d):
-    """The cyclic shift by channels instead of heads: a fifth of every head's channels from each direction."""
+    """The cyclic shift by channels instead of heads: an equal part of every head's channels from each direction."""
 
-    def __init__(self, channels: int, length: int, inter_pool: int = 1) -> None:
+    def __init__(self, channels: int, length: int, inter_pool: int = 1, directions: tuple = DIRECTIONS) -> None:
         super().__init__(channels, channels, 3, groups=channels // HEAD, inter_pool=inter_pool)
-        self.length = length
+        self.steps = [(-length * down, -length * right) for down, right in directions]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         keys = x if self.inter_pool == 1 else inter_pool(x, self.inter_pool)
@@ -213,8 +213,7 @@ class ChannelShift(MSAConv2d):
 
     def _rolled(self, x: torch.Tensor) -> torch.Tensor:
         heads = x.unflatten(1, (self.groups, -1))
-        steps = [(-self.length * down, -self.length * right) for down, right in DIRECTIONS]
-        parts = [part.roll(s, (3, 4)) for part, s in zip(heads.tensor_split(len(steps), 2), steps)]
+        parts = [part.roll(s, (3, 4)) for part, s in zip(heads.tensor_split(len(self.steps), 2), self.steps)]
         return torch.cat(parts, 2).flatten(1, 2).contiguous(memory_format=torch.channels_last)
 
 
@@ -337,6 +336,7 @@ CONTESTANTS: dict[str, Callable[[int], nn.Module]] = {  # from a number of class
         _second(_msa(), lambda c, i: _msa(cyclic_shift=1, turn=i // 2, inter_pool=2)(c, i))
     ),
     "shift c, 1 + pool a, 2": _plain(lambda c, i: ChannelShift(c, 1, 1 + i % 2)),
+    "shift c without the centre, 1 + pool a, 2": _plain(lambda c, i: ChannelShift(c, 1, 1 + i % 2, DIRECTIONS[1:])),
     "shift c, 2 + pool a, 2": _plain(lambda c, i: ChannelShift(c, 2, 1 + i % 2)),
     "shift d, 1 + pool c, 2": _plain(lambda c, i: Union(c, displaced=1, turn=i, pooled=2)),
     "shift d, 2 + pool c, 2": _plain(lambda c, i: Union(c, displaced=2, turn=i, pooled=2)),
