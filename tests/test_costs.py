@@ -35,23 +35,22 @@ def kernels(function, x):
 @needs_native
 @pytest.mark.parametrize("index", [0, 1])
 def test_a_block_runs_no_kernel_but_these(index):
-    """None that shifts, gathers or copies: the shift is an offset, maps stay in one layout."""
-    block = Block(96, VARIANTS["tiny"], depth=index, index=index, drop_path=0.0)
+    """None that gathers or copies but the shift, once for keys and values together: maps stay in one layout."""
+    block = Block(96, VARIANTS["tiny"], index=index, drop_path=0.0)
     x = torch.randn(2, 96, 20, 24).contiguous(memory_format=torch.channels_last).requires_grad_()
     counts = kernels(block, x)
     weights = ("new_ones", "constant_pad_nd", "add")  # of the position convolution: its kernel plus the identity
     assert counts.pop("add") == 3 and all(counts.pop(name) == 1 for name in weights[:2])
-    expected = dict(convolution=1, native_layer_norm=2, addmm=5, msa_conv2d_native=1, gelu=1)
+    expected = dict(convolution=1, native_layer_norm=2, addmm=5, msa_conv2d_native=1, cyclic_shift_native=1, gelu=1)
     assert counts == {**expected, **({"avg_pool2d": 1} if index else {})}
-    q, kv = block.attn.q(x), block.attn.kv(x)
-    for part in (q, *kv.chunk(2, 1)):  # nor inside of msa_conv2d_native
+    for part in (block.attn.q(x), *block.attn.keys_and_values(x)):  # nor inside of msa_conv2d_native
         assert native._tokens(part).data_ptr() == part.data_ptr()
 
 
 @needs_native
 def test_backward_of_a_block_keeps_each_map_once():
     """In maps of its size: x, two norms' outputs, the attention's q, k, v and output, the MLP's inside twice."""
-    block = Block(96, VARIANTS["tiny"], depth=0, index=0, drop_path=0.0)
+    block = Block(96, VARIANTS["tiny"], index=0, drop_path=0.0)
     x = torch.randn(2, 96, 32, 32).contiguous(memory_format=torch.channels_last).requires_grad_()
     saved = {}
 
@@ -68,7 +67,7 @@ def test_backward_of_a_block_keeps_each_map_once():
 
 def test_inference_keeps_the_inside_of_an_mlp_small():
     """The largest tensor that a block makes does not grow to the map's size times the MLP's width."""
-    block = Block(32, VARIANTS["nano"], depth=0, index=0, drop_path=0.0).eval()
+    block = Block(32, VARIANTS["nano"], index=0, drop_path=0.0).eval()
     largest = []
 
     class Largest(TorchDispatchMode):
@@ -94,4 +93,5 @@ def test_exported_graph_has_one_attention_a_block_and_no_unfolding():
     blocks = 3
     assert calls["scaled_dot_product_attention"] == blocks and calls["linear"] == 5 * blocks
     assert calls["embedding"] == 4 * blocks  # q, k, v into tiles and the output out of them
-    assert calls["roll"] == calls["im2col"] == calls["unfold"] == calls["cat"] == 0
+    assert calls["roll"] == 4 * blocks and calls["cat"] == blocks  # the cyclic shift
+    assert calls["im2col"] == calls["unfold"] == 0

@@ -101,8 +101,8 @@ def test_a_neighbourhood_stays_whole_inside_of_the_map():
 
 
 def test_diagonals_are_taken_by_turns():
-    assert contestants.diagonals(5, 2, 0) == ((-2, -2), (2, 2), (-2, 2), (2, -2), (-2, -2))
-    assert contestants.diagonals(2, 1, 3) == ((1, -1), (-1, -1))
+    assert contestants.diagonals(5, 2, 0) == [(-2, -2), (2, 2), (-2, 2), (2, -2), (-2, -2)]
+    assert contestants.diagonals(2, 1, 3) == [(1, -1), (-1, -1)]
 
 
 def test_what_is_no_picture_of_a_class_is_left_out_of_folder_and_zip(data, tmp_path):

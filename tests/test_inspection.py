@@ -8,11 +8,10 @@ from torch import nn
 
 from tic_backbone import MSAConv2d
 from tic_backbone.inspection import receptive_field, side_of_square, window_weights
-from tic_backbone.layers import inter_pool
 
 
 @pytest.mark.parametrize(
-    "options", [{}, dict(cyclic_shift=3, turn=2), dict(inter_pool=2, cyclic_shift=2), dict(dilation=2), dict(groups=1)]
+    "options", [{}, dict(cyclic_shift=3), dict(inter_pool=2, cyclic_shift=2), dict(dilation=2), dict(groups=1)]
 )
 @pytest.mark.parametrize("at", [(0, 0), (4, 3), (6, 8)])
 def test_weights_give_the_layers_own_output(options, at):
@@ -20,10 +19,10 @@ def test_weights_give_the_layers_own_output(options, at):
     layer = MSAConv2d(12, 12, (3, 5), **{"groups": 6, **options})
     x = torch.randn(1, 12, 7, 9)
     weights, tokens, inside = window_weights(layer, x, *at)
-    assert weights.shape == inside.shape == (layer.groups, 15) and tokens.shape == (layer.groups, 15, 2)
+    assert weights.shape == (layer.groups, 15) and tokens.shape == (15, 2) and inside.shape == (15,)
     torch.testing.assert_close(weights.sum(1), torch.ones(layer.groups))
-    v = layer.kv(inter_pool(x, layer.inter_pool))[0, 12:].unflatten(0, (layer.groups, -1))
-    seen = [(w * i) @ head[:, t[:, 0], t[:, 1]].T for w, i, head, t in zip(weights, inside, v, tokens)]
+    v = layer.keys_and_values(x)[1][0].unflatten(0, (layer.groups, -1))
+    seen = [w[inside] @ head[:, tokens[inside, 0], tokens[inside, 1]].T for w, head in zip(weights, v)]
     out = layer.proj(torch.cat(seen)[None, :, None, None])[0, :, 0, 0]
     torch.testing.assert_close(out, layer(x)[0, :, at[0], at[1]])
 

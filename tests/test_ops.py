@@ -25,7 +25,7 @@ def qkv(shape, key_stride=(1, 1), dtype=torch.float64, seed=0):
     return [torch.randn(s, generator=generator, dtype=dtype).requires_grad_() for s in (shape, coarse, coarse)]
 
 
-def attend_by_loops(q, k, v, kernel, stride, dilation, groups, key_stride, shifts):
+def attend_by_loops(q, k, v, kernel, stride, dilation, groups, key_stride):
     """The definition, one query at a time."""
     n, c, h, w = q.shape
     out = torch.zeros(n, c, -(-h // stride[0]), -(-w // stride[1]), dtype=q.dtype)
@@ -33,7 +33,6 @@ def attend_by_loops(q, k, v, kernel, stride, dilation, groups, key_stride, shift
     for b in range(n):
         for g in range(groups):
             part = slice(g * c // groups, (g + 1) * c // groups)
-            down, right = shifts[g] if shifts else (0, 0)
             for oi in range(out.shape[2]):
                 for oj in range(out.shape[3]):
                     i, j = oi * stride[0], oj * stride[1]
@@ -42,7 +41,6 @@ def attend_by_loops(q, k, v, kernel, stride, dilation, groups, key_stride, shift
                         for e in range(-(kernel[1] // 2), kernel[1] // 2 + 1):
                             y, x = i // key_stride[0] + a * dilation[0], j // key_stride[1] + e * dilation[1]
                             inside = 0 <= y < k.shape[2] and 0 <= x < k.shape[3]
-                            y, x = (y + down) % k.shape[2], (x + right) % k.shape[3]
                             key = k[b, part, y, x] if inside else zero
                             values.append(v[b, part, y, x] if inside else zero)
                             scores.append((q[b, part, i, j] * key).sum() * (c // groups) ** -0.5)
@@ -52,22 +50,21 @@ def attend_by_loops(q, k, v, kernel, stride, dilation, groups, key_stride, shift
 
 @pytest.mark.parametrize("backend", RUNNING)
 @pytest.mark.parametrize(
-    ("size", "kernel", "stride", "dilation", "groups", "key_stride", "shifts"),
+    ("size", "kernel", "stride", "dilation", "groups", "key_stride"),
     [
-        ((5, 4), (3, 3), (1, 1), (1, 1), 1, (1, 1), None),
-        ((5, 4), (3, 5), (1, 1), (1, 1), 4, (1, 1), None),
-        ((6, 7), (3, 3), (2, 3), (1, 1), 2, (1, 1), None),
-        ((7, 6), (3, 3), (1, 1), (2, 3), 2, (1, 1), None),
-        ((5, 7), (3, 3), (1, 1), (1, 1), 2, (2, 2), None),
-        ((7, 5), (1, 3), (2, 2), (1, 2), 2, (3, 2), None),
-        ((2, 2), (5, 7), (1, 1), (1, 1), 2, (1, 1), None),
-        ((6, 5), (3, 3), (1, 1), (1, 1), 2, (1, 1), ((1, -2), (0, 0))),
-        ((3, 7), (5, 3), (1, 2), (2, 1), 4, (1, 2), ((4, 4), (-9, 1), (0, -1), (3, 8))),
+        ((5, 4), (3, 3), (1, 1), (1, 1), 1, (1, 1)),
+        ((5, 4), (3, 5), (1, 1), (1, 1), 4, (1, 1)),
+        ((6, 7), (3, 3), (2, 3), (1, 1), 2, (1, 1)),
+        ((7, 6), (3, 3), (1, 1), (2, 3), 2, (1, 1)),
+        ((5, 7), (3, 3), (1, 1), (1, 1), 2, (2, 2)),
+        ((7, 5), (1, 3), (2, 2), (1, 2), 2, (3, 2)),
+        ((2, 2), (5, 7), (1, 1), (1, 1), 2, (1, 1)),
+        ((3, 7), (5, 3), (1, 2), (2, 1), 4, (1, 2)),
     ],
 )
-def test_backends_follow_the_definition(backend, size, kernel, stride, dilation, groups, key_stride, shifts):
+def test_backends_follow_the_definition(backend, size, kernel, stride, dilation, groups, key_stride):
     inputs = qkv((2, 4, *size), key_stride, torch.float64 if backend in IN_FLOAT64 else torch.float32)
-    options = dict(stride=stride, dilation=dilation, groups=groups, key_stride=key_stride, shifts=shifts)
+    options = dict(stride=stride, dilation=dilation, groups=groups, key_stride=key_stride)
     expected = attend_by_loops(*inputs, kernel, **options)
     torch.testing.assert_close(msa_conv2d(*inputs, kernel, **options, backend=backend), expected)
 
@@ -84,15 +81,11 @@ small = st.tuples(st.integers(1, 3), st.integers(1, 3))
     dilation=small,
     heads=st.sampled_from([(1, 6), (2, 3), (3, 8), (2, 11), (1, 33), (6, 1), (2, 16)]),
     key_stride=small,
-    shifted=st.booleans(),
     seed=st.integers(0, 99),
 )
-def test_backends_equal_reference_with_all_gradients(
-    backend, size, kernel, stride, dilation, heads, key_stride, shifted, seed
-):
+def test_backends_equal_reference_with_all_gradients(backend, size, kernel, stride, dilation, heads, key_stride, seed):
     (groups, width), results = heads, []
-    shifts = [(seed % 7 - g, 5 * g - seed % 11) for g in range(groups)] if shifted else None
-    options = dict(stride=stride, dilation=dilation, groups=groups, key_stride=key_stride, shifts=shifts)
+    options = dict(stride=stride, dilation=dilation, groups=groups, key_stride=key_stride)
     shape = (2, groups * width, *size)
     weight = torch.randn(*shape[:2], -(-size[0] // stride[0]), -(-size[1] // stride[1]), dtype=torch.float64)
     for name, dtype in (
@@ -110,14 +103,14 @@ def test_backends_equal_reference_with_all_gradients(
 def test_gradients_are_derivatives(backend):
     inputs = qkv((1, 4, 5, 6), (2, 1))
     assert torch.autograd.gradcheck(
-        lambda q, k, v: msa_conv2d(q, k, v, 3, groups=2, key_stride=(2, 1), shifts=[(1, 0), (-1, 2)], backend=backend),
+        lambda q, k, v: msa_conv2d(q, k, v, 3, groups=2, key_stride=(2, 1), backend=backend),
         inputs,
     )
 
 
 def test_second_derivatives_of_the_reference():
     assert torch.autograd.gradgradcheck(
-        lambda q, k, v: msa_conv2d(q, k, v, 3, groups=2, shifts=[(1, 0), (-1, 2)], backend="reference"),
+        lambda q, k, v: msa_conv2d(q, k, v, 3, groups=2, backend="reference"),
         qkv((1, 2, 3, 4)),
     )
 
@@ -130,7 +123,7 @@ def test_native_is_repeatable_in_any_number_of_threads():
     try:
         for n in (1, 4, 3):
             torch.set_num_threads(n)
-            out = msa_conv2d(*inputs, 7, groups=1, shifts=[(30, -5)], backend="native")
+            out = msa_conv2d(*inputs, 7, groups=1, backend="native")
             results.append((out, *torch.autograd.grad(out.square().sum(), inputs)))
     finally:
         torch.set_num_threads(threads)
@@ -160,7 +153,7 @@ def test_native_keeps_its_precision_at_large_and_small_scores(far):
 def test_native_passes_torch_s_checks_of_operators():
     q, k, v = qkv((2, 6, 9, 8), (1, 2), torch.float32)
     geometry = [3, 5, 2, 1, 1, 1, 1, 2]
-    torch.library.opcheck(torch.ops.tic_backbone.msa_conv2d_native.default, (q, k, v, geometry, [0, 1, 2, 3], 0.5))
+    torch.library.opcheck(torch.ops.tic_backbone.msa_conv2d_native.default, (q, k, v, geometry, 2, 0.5))
 
 
 def test_tiles_stand_in_where_there_is_no_compiler(monkeypatch):
@@ -326,8 +319,6 @@ Q = torch.zeros(2, 6, 8, 8)
         (ValueError, "(2, 0, 8, 8)", (Q[:, :0], Q[:, :0], Q[:, :0], 3), {}),
         (ValueError, "(2, 6, 0, 8)", (Q[:, :, :0], Q[:, :, :0], Q[:, :, :0], 3), {}),
         (TypeError, "tensor(0.5", (Q, Q, Q, 3), {"scale": torch.tensor(0.5)}),
-        (ValueError, "2 pairs", (Q, Q, Q, 3), {"groups": 2, "shifts": [(0, 1)]}),
-        (ValueError, "(1.5, 0)", (Q, Q, Q, 3), {"shifts": [(1.5, 0)]}),
         (ValueError, "'cuda'", (Q, Q, Q, 3), {"backend": "cuda"}),
     ],
 )

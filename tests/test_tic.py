@@ -109,7 +109,7 @@ def test_switches_off_mean_plain_msa_conv():
     both = TiC(SMALL)
     both.load_state_dict(plain.state_dict())  # neither mechanism has parameters
     layers = [m for m in both.modules() if type(m).__name__ == "MSAConv2d"]
-    assert all(m.cyclic_shift == m.kernel_size[0] // 2 == 1 for m in layers)  # no head loses its own token
+    assert all(m.cyclic_shift == m.kernel_size[0] // 2 == 1 for m in layers)
     assert [m.inter_pool for m in layers] == [1, 2, 1, 1, 2, 1]
     x = torch.randn(1, 3, 64, 64)
     assert not torch.allclose(plain(x)[0], both(x)[0])
@@ -130,7 +130,7 @@ def test_checkpointing_changes_neither_output_nor_gradient():
 
 def test_drop_path_drops_whole_samples_of_large_maps_without_gradients():
     torch.manual_seed(0)
-    block = Block(16, make_config(SMALL), depth=0, index=0, drop_path=0.5).train()
+    block = Block(16, make_config(SMALL), index=0, drop_path=0.5).train()
     block.pos, block.attn = nn.Identity(), nn.Identity()
     x = torch.randn(1, 16, 96, 64).expand(8, -1, -1, -1)
     with torch.no_grad():

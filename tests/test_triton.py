@@ -12,7 +12,6 @@ import torch
 from conftest import run
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 triton = pytest.importorskip("triton")
 
@@ -26,11 +25,11 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 CPU = torch.device("cpu")
 
 
-def problem(width, groups, size, kernel, stride=(1, 1), dilation=(1, 1), key_stride=(1, 1), shifts=None, batch=1):
+def problem(width, groups, size, kernel, stride=(1, 1), dilation=(1, 1), key_stride=(1, 1), batch=1):
     coarse = [-(-n // r) for n, r in zip(size, key_stride)]
     generator = torch.Generator().manual_seed(0)
     maps = [torch.randn(batch, width * groups, *s, generator=generator) for s in (size, coarse, coarse)]
-    return maps, (kernel, stride, dilation, groups, width**-0.5, key_stride, shifts)
+    return maps, (kernel, stride, dilation, groups, width**-0.5, key_stride)
 
 
 def results(function, inputs, arguments):
@@ -92,12 +91,12 @@ class TestInterpreted:
         [
             dict(width=1, groups=3, size=(5, 6), kernel=(3, 3)),
             dict(width=3, groups=2, size=(7, 6), kernel=(5, 3), stride=(2, 1), batch=2),
-            dict(width=3, groups=2, size=(5, 8), kernel=(3, 5), dilation=(2, 1), shifts=((3, -1), (-20, 31))),
-            dict(width=16, groups=1, size=(5, 9), kernel=(7, 7), shifts=((-1, 2),)),
-            dict(width=32, groups=2, size=(5, 9), kernel=(7, 7), key_stride=(2, 2), shifts=((4, 4), (-4, 4))),
+            dict(width=3, groups=2, size=(5, 8), kernel=(3, 5), dilation=(2, 1)),
+            dict(width=16, groups=1, size=(5, 9), kernel=(7, 7)),
+            dict(width=32, groups=2, size=(5, 9), kernel=(7, 7), key_stride=(2, 2)),
             dict(width=24, groups=1, size=(6, 5), kernel=(3, 3), stride=(3, 2), key_stride=(2, 3), dilation=(1, 2)),
             dict(width=64, groups=1, size=(6, 9), kernel=(5, 5)),
-            dict(width=16, groups=1, size=(2, 2), kernel=(1, 11), shifts=((1, 1),)),
+            dict(width=16, groups=1, size=(2, 2), kernel=(1, 11)),
         ],
         ids=str,
     )
@@ -112,19 +111,18 @@ class TestInterpreted:
         stride=st.tuples(st.integers(1, 2), st.integers(1, 2)),
         dilation=st.tuples(st.integers(1, 2), st.integers(1, 2)),
         key_stride=st.tuples(st.integers(1, 2), st.integers(1, 2)),
-        shift=st.none() | st.tuples(st.integers(-9, 9), st.integers(-9, 9)),
     )
-    def test_like_the_reference_for_small_maps(self, shift, **case):
-        assert_like_reference(*problem(groups=1, shifts=shift and (shift,), **case))
+    def test_like_the_reference_for_small_maps(self, **case):
+        assert_like_reference(*problem(groups=1, **case))
 
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
     def test_half_precision(self, dtype, bfloat16):
-        maps, arguments = problem(16, 2, (7, 6), (5, 5), key_stride=(2, 2), shifts=((1, 1), (-1, 1)))
+        maps, arguments = problem(16, 2, (7, 6), (5, 5), key_stride=(2, 2))
         assert_like_reference([x.to(dtype) for x in maps], arguments, tolerance=0.03)
 
     def test_any_memory_format_gives_the_same_bits(self):
         """Channels first; channels last, with k and v the halves of one map; and maps with gaps between channels."""
-        (q, k, v), arguments = problem(4, 2, (3, 5), (3, 3), shifts=((1, 0), (0, 2)))
+        (q, k, v), arguments = problem(4, 2, (3, 5), (3, 3))
         last = torch.channels_last
         halves = torch.cat([k, v], 1).contiguous(memory_format=last).chunk(2, 1)
         gaps = [torch.stack([x, x], 2).flatten(1, 2)[:, ::2] for x in (q, k, v)]
@@ -152,12 +150,10 @@ class TestInterpreted:
         assert sum(x.nbytes for x in saved.values()) == 4 * maps[0].nbytes + maps[0].nbytes // 4
 
     def test_operators_keep_their_promises_to_the_compiler(self):
-        maps, (kernel, stride, dilation, groups, scale, key_stride, _) = problem(2, 1, (3, 2), (3, 3), stride=(2, 1))
+        maps, (kernel, stride, dilation, groups, scale, key_stride) = problem(2, 1, (3, 2), (3, 3), stride=(2, 1))
         maps = [x.contiguous(memory_format=torch.channels_last).requires_grad_() for x in maps]
-        shifts = torch.tensor([[1, 1]], dtype=torch.int32)
-        torch.library.opcheck(
-            backend._forward, (*maps, shifts, kernel, stride, dilation, key_stride, groups, scale), raise_exception=True
-        )
+        arguments = (*maps, kernel, stride, dilation, key_stride, groups, scale)
+        torch.library.opcheck(backend._forward, arguments, raise_exception=True)
 
     @pytest.mark.filterwarnings("error:MSA-Conv")
     def test_compiles_whole_for_changing_sizes(self, unasked):
@@ -169,18 +165,9 @@ class TestInterpreted:
 
         compiled = torch.compile(attend, fullgraph=True, dynamic=True, backend="aot_eager")
         for size in ((4, 5), (3, 2)):
-            maps, arguments = problem(4, 2, size, (3, 3), shifts=((1, 1), (0, 2)))
+            maps, arguments = problem(4, 2, size, (3, 3))
             for got, want in zip(*(results(f, maps, arguments) for f in (compiled, backend.msa_conv2d_triton))):
                 assert torch.equal(got, want)
-
-    @pytest.mark.parametrize("first", [torch.inference_mode, FakeTensorMode])
-    def test_what_is_kept_of_shifts_serves_training_whatever_came_first(self, first):
-        backend._kept_table.cache_clear()
-        maps, arguments = problem(4, 1, (3, 2), (3, 3), shifts=((1, 1),))
-        with first():
-            backend.msa_conv2d_triton(*(torch.empty(x.shape) for x in maps), *arguments)
-        out = backend.msa_conv2d_triton(*(x.requires_grad_() for x in maps), *arguments)
-        assert all(g.isfinite().all() for g in torch.autograd.grad(out.sum(), maps))
 
     def test_wide_heads_go_to_the_tiles(self):
         maps, arguments = problem(backend.MAX_WIDTH + 1, 1, (3, 3), (3, 3))
@@ -309,14 +296,14 @@ class Compiled:
 
 
 def compiled_for(arch, width, dtype, size=(20, 20)):
-    """{name: kernel} that a GPU of this kind would run for a window of 7, shifted, over maps as the backbone's."""
+    """{name: kernel} that a GPU of this kind would run for a window of 7 over maps as the backbone's."""
     kept = {}
     device = SimpleNamespace(
         get_current_device=lambda: arch,
         get_current_stream=lambda device=0: 0,
         get_current_target=lambda: GPUTarget("cuda", arch, 32),
     )
-    (q, k, v), arguments = problem(width, 3, size, (7, 7), shifts=((0, 0), (4, 4), (-4, 4)), batch=2)
+    (q, k, v), arguments = problem(width, 3, size, (7, 7), batch=2)
     q, kv = (x.to(dtype, memory_format=torch.channels_last) for x in (q, torch.cat([k, v], 1)))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(triton.runtime.driver, "_active", device)

@@ -5,37 +5,36 @@ from typing import NamedTuple
 
 import torch
 
-from tic_backbone.layers import MSAConv2d, cyclic_shifts, inter_pool
+from tic_backbone.layers import MSAConv2d
 
 
 class Window(NamedTuple):
-    """What the G heads of an MSA-Conv see from one token, in windows of K keys."""
+    """What the G heads of an MSA-Conv see from one token, in its window of K keys."""
 
     weights: torch.Tensor  # (G, K), each head's sum to 1
-    tokens: torch.Tensor  # (G, K, 2): row and column of each key's token, on the pooled map if the layer pools
-    inside: torch.Tensor  # (G, K): False for the zeros beyond the border, whose tokens mean nothing
+    tokens: torch.Tensor  # (K, 2): row and column of each key's token, on the pooled map if the layer pools
+    inside: torch.Tensor  # (K,): False for the zeros beyond the border
 
 
 @torch.no_grad()
 def window_weights(layer: MSAConv2d, x: torch.Tensor, row: int, column: int) -> Window:
     """The attention weights of the query at (row, column) of the layer's input x, (1, C, H, W).
 
-    The centre of the window is the query's own token, or its cell in a layer that pools, displaced by the head's shift.
+    The centre of the window is the query's own token, or its cell in a layer that pools. With the cyclic shift
+    a key holds, beside features of its token, some of others around it; see `tic_backbone.cyclic_shift`.
     """
-    k = layer.kv(inter_pool(x, layer.inter_pool)).chunk(2, 1)[0]
-    height, width = k.shape[2:]
+    k = layer.keys_and_values(x)[0][0]
+    height, width = k.shape[1:]
     ratio, groups = layer.inter_pool, layer.groups
     steps = [torch.arange(n) - n // 2 for n in layer.kernel_size]
     rows, columns = (centre + d * s for centre, d, s in zip((row // ratio, column // ratio), layer.dilation, steps))
-    places = torch.cartesian_prod(rows, columns)  # of the rolled keys
-    sides = torch.tensor([height, width])
-    inside = ((places >= 0) & (places < sides)).all(1).expand(groups, -1)
-    tokens = (places + torch.tensor(cyclic_shifts(groups, layer.cyclic_shift, layer.turn))[:, None]) % sides
+    tokens = torch.cartesian_prod(rows, columns)
+    inside = ((tokens >= 0) & (tokens < torch.tensor([height, width]))).all(1)
     q = layer.q(x[:, :, row : row + 1, column : column + 1]).reshape(groups, -1)
-    keys = k[0].unflatten(0, (groups, -1)).permute(0, 2, 3, 1)  # (G, H, W, width of a head)
-    keys = torch.stack([head[t[:, 0], t[:, 1]] for head, t in zip(keys, tokens)])  # (G, K, width of a head)
+    keys = torch.zeros(groups, len(tokens), q.shape[1])
+    keys[:, inside] = k[:, tokens[inside, 0], tokens[inside, 1]].unflatten(0, (groups, -1)).transpose(1, 2)
     scores = (keys @ q[:, :, None])[..., 0] * q.shape[1] ** -0.5
-    return Window(torch.where(inside, scores, 0).softmax(1), tokens, inside)
+    return Window(scores.softmax(1), tokens, inside)
 
 
 def receptive_field(function: Callable, images: Iterable[torch.Tensor]) -> tuple[torch.Tensor, tuple[float, float]]:

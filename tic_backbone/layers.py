@@ -6,22 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tic_backbone.ops import check_backend, msa_conv2d, odd_pair, pair
+from tic_backbone.ops import check_backend, cyclic_shift, msa_conv2d, odd_pair, pair
 
-DIRECTIONS = ((0, 0), (-1, -1), (1, 1), (-1, 1), (1, -1))  # the centre and the four diagonals, (down, right)
 CHUNK = 2048  # tokens; see `by_chunks`
-
-
-def cyclic_shifts(groups: int, length: int, turn: int) -> tuple[tuple[int, int], ...]:
-    """Of each of `groups` heads the displacement (down, right) of its windows, in tokens, for `msa_conv2d`.
-
-    The heads form at most five runs, one for each of `DIRECTIONS`; `turn` rotates which direction the first run takes,
-    so that over the layers of a network even a single head looks everywhere.
-    """
-    runs = min(groups, len(DIRECTIONS))
-    sizes = [groups // runs + (i < groups % runs) for i in range(runs)]
-    steps = [DIRECTIONS[(i + turn) % len(DIRECTIONS)] for i in range(runs)]
-    return tuple((down * length, right * length) for size, (down, right) in zip(sizes, steps) for _ in range(size))
 
 
 def inter_pool(x: torch.Tensor, ratio: int) -> torch.Tensor:
@@ -70,9 +57,8 @@ class MSAConv2d(nn.Module):
         groups: number of heads; must divide ``out_channels``.
         bias: whether the projections have one.
         padding_mode: only "zeros"; those keys score 0 and take their share of the softmax.
-        cyclic_shift: length of the multi-directional cyclic shift in tokens, 0 for none; see
-            `cyclic_shifts`.
-        turn: direction at which the heads start, in a network the index of the layer.
+        cyclic_shift: length of the multi-directional cyclic shift of keys and values in tokens, 0 for none; see
+            `tic_backbone.cyclic_shift`.
         inter_pool: keys and values come from tokens averaged over cells of this side, 1 for none; see `inter_pool`.
         backend: implementation of the attention; see `tic_backbone.msa_conv2d`.
     """
@@ -93,7 +79,6 @@ class MSAConv2d(nn.Module):
         padding_mode: str = "zeros",
         *,
         cyclic_shift: int = 0,
-        turn: int = 0,
         inter_pool: int = 1,
         backend: str = "auto",
     ) -> None:
@@ -102,8 +87,8 @@ class MSAConv2d(nn.Module):
             raise ValueError(f"groups must divide out_channels, got {groups=} and {out_channels=}")
         if padding_mode != "zeros":
             raise ValueError(f"MSAConv2d pads with zeros only, got {padding_mode=}")
-        if min(cyclic_shift, turn) < 0 or inter_pool < 1:
-            raise ValueError(f"need {cyclic_shift=} >= 0, {turn=} >= 0 and {inter_pool=} >= 1")
+        if cyclic_shift < 0 or inter_pool < 1:
+            raise ValueError(f"need {cyclic_shift=} >= 0 and {inter_pool=} >= 1")
         check_backend(backend)
         self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups
         self.kernel_size = odd_pair(kernel_size, "kernel_size")
@@ -115,7 +100,7 @@ class MSAConv2d(nn.Module):
                 f"{kernel_size=} and {dilation=}"
             )
         self.padding_mode = padding_mode
-        self.cyclic_shift, self.turn, self.inter_pool, self.backend = cyclic_shift, turn, inter_pool, backend
+        self.cyclic_shift, self.inter_pool, self.backend = cyclic_shift, inter_pool, backend
         self.q = Linear2d(in_channels, out_channels, bias)
         self.kv = Linear2d(in_channels, 2 * out_channels, bias)
         self.proj = Linear2d(out_channels, out_channels, bias)
@@ -123,9 +108,7 @@ class MSAConv2d(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if x.dim() != 4 or x.shape[1] != self.in_channels:
             raise ValueError(f"expected an input of shape (N, {self.in_channels}, H, W), got {tuple(x.shape)}")
-        q = self.q(x)
-        # Pooled before the projection, which is linear: the same keys and values, for a part of the arithmetic.
-        k, v = self.kv(x if self.inter_pool == 1 else inter_pool(x, self.inter_pool)).chunk(2, 1)
+        q, (k, v) = self.q(x), self.keys_and_values(x)
         x = msa_conv2d(
             q,
             k,
@@ -135,13 +118,18 @@ class MSAConv2d(nn.Module):
             dilation=self.dilation,
             groups=self.groups,
             key_stride=self.inter_pool,
-            shifts=cyclic_shifts(self.groups, self.cyclic_shift, self.turn) if self.cyclic_shift else None,
             backend=self.backend,
         )
         return self.proj(x)
 
+    def keys_and_values(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Those of an input: pooled, projected, shifted."""
+        # Pooled before the projection, which is linear: the same keys and values, for a part of the arithmetic.
+        kv = self.kv(x if self.inter_pool == 1 else inter_pool(x, self.inter_pool))
+        return (cyclic_shift(kv, 2 * self.groups, self.cyclic_shift) if self.cyclic_shift else kv).chunk(2, 1)
+
     def extra_repr(self) -> str:
-        names = ("kernel_size", "stride", "dilation", "groups", "cyclic_shift", "turn", "inter_pool")
+        names = ("kernel_size", "stride", "dilation", "groups", "cyclic_shift", "inter_pool")
         return f"{self.in_channels}, {self.out_channels}, " + ", ".join(f"{n}={getattr(self, n)}" for n in names)
 
 

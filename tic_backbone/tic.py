@@ -25,7 +25,7 @@ class TiCConfig:
     head_dim: int = 32  # channels a head; each stage has channels / head_dim heads
     kernel_size: int = 7  # side of the attention window, in tokens
     mlp_ratio: float = 4.0
-    cyclic_shift: bool = True  # heads look along the diagonals by turns, with their own token in the window's corner
+    cyclic_shift: bool = True  # keys and values bring in tokens half a window away along the diagonals
     inter_pool: bool = True  # every second block of a stage attends to tokens pooled 2 x 2
     in_channels: int = 3
     drop_path_rate: float = 0.0  # of the last block; grows linearly from 0 at the first one
@@ -71,8 +71,8 @@ VARIANTS = {
 class Block(nn.Module):
     """Position encoding by a depthwise convolution, MSA-Conv, MLP, each as a residual."""
 
-    def __init__(self, channels: int, config: TiCConfig, *, depth: int, index: int, drop_path: float) -> None:
-        """`depth` counts the network's blocks, `index` the stage's."""
+    def __init__(self, channels: int, config: TiCConfig, *, index: int, drop_path: float) -> None:
+        """`index` counts the stage's blocks."""
         super().__init__()
         self.pos = PositionConv(channels)
         self.norm1 = LayerNorm2d(channels)
@@ -82,7 +82,6 @@ class Block(nn.Module):
             config.kernel_size,
             groups=channels // config.head_dim,
             cyclic_shift=config.kernel_size // 2 if config.cyclic_shift else 0,
-            turn=depth,
             inter_pool=2 if config.inter_pool and index % 2 else 1,
             backend=config.backend,
         )
@@ -128,7 +127,7 @@ class TiC(nn.Module):
             stage = nn.Sequential(downsample(channels[i - 1], channels[i]) if i else nn.Identity())
             for j in range(depth):
                 d = sum(depths[:i]) + j
-                stage.append(Block(channels[i], config, depth=d, index=j, drop_path=config.drop_path_rate * d / last))
+                stage.append(Block(channels[i], config, index=j, drop_path=config.drop_path_rate * d / last))
             self.stages.append(stage)
         self.norms = nn.ModuleDict({str(i): LayerNorm2d(channels[i]) for i in config.out_indices})
         self.apply(_init)

@@ -3,9 +3,10 @@
     python tools/attention_map.py configs/tic_retinanet.py@epoch_16.pth photo.png --at 320 200 --layer -1
     python tools/attention_map.py tic_tiny photo.jpg --at 320 200
 
-One panel a head: the photo, the token that asks (green), and over the tokens of its window, which the head's cyclic
-shift has displaced, their weights. A title says what share went to the zeros beyond the border. The model is a config
-or timm's name of a TiC, after an @ its checkpoint, without which the weights are random.
+One panel a head: the photo, the token that asks (green), and over the tokens of its window their weights. With the
+cyclic shift, a key also holds features of tokens half a window away. A title says what share went to the zeros beyond
+the border. The model is a config or timm's name of a TiC, after an @ its checkpoint, without which the weights are
+random.
 """
 
 import argparse
@@ -63,7 +64,7 @@ def draw(photo: Image.Image, at: tuple[int, int], window: Window, stride: int, c
     for axis in axes.flat:
         axis.axis("off")
     for head, axis in zip(range(heads), axes.flat):
-        weights, tokens, inside = (part[head] for part in window)
+        weights, tokens, inside = window.weights[head], window.tokens, window.inside
         axis.imshow(photo.convert("L").convert("RGB"), alpha=0.6)
         for weight, (row, column) in zip(weights[inside].tolist(), tokens[inside].tolist()):
             color = matplotlib.colormaps["inferno"](weight / weights[inside].max().item())

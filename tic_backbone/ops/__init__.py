@@ -8,9 +8,10 @@ import torch
 from tic_backbone.ops import native
 from tic_backbone.ops.native import msa_conv2d_native
 from tic_backbone.ops.reference import msa_conv2d_reference
+from tic_backbone.ops.shift import cyclic_shift
 from tic_backbone.ops.tiled import msa_conv2d_tiled
 
-__all__ = ["BACKENDS", "choose_backend", "msa_conv2d"]
+__all__ = ["BACKENDS", "choose_backend", "cyclic_shift", "msa_conv2d"]
 
 
 def msa_conv2d_triton(*args):
@@ -108,7 +109,6 @@ def msa_conv2d(
     groups=1,
     scale=None,
     key_stride=None,
-    shifts=None,
     backend="auto",
 ):
     """Multi-head self-attention inside a convolution's window (MSA-Conv, arXiv 2310.04134).
@@ -129,9 +129,6 @@ def msa_conv2d(
         key_stride: ratio r of the two grids, with ``Hk == ceil(H / r)``; the window of query (i, j) is centred on key
             ``(i // r, j // r)``. By default the smallest ratio that fits the two sizes. Sizes alone do not always
             decide it (4 queries over 2 keys: 2 or 3), so pass it where it is known.
-        shifts: of each group a displacement (down, right) of its window, in keys: the key at row i, column j of the
-            window is the one at ``((i + down) % Hk, (j + right) % Wk)``, around the border. What lies beyond the
-            border before the displacement stays zero. None for no shift.
         backend: a name from `BACKENDS`, or "auto".
 
     Returns:
@@ -147,11 +144,10 @@ def msa_conv2d(
     if isinstance(scale, torch.Tensor):
         raise TypeError(f"scale must be a number, got {scale!r}; multiply q by a learnable one")
     scale = (q.shape[1] // groups) ** -0.5 if scale is None else scale
-    shifts = None if shifts is None else _shifts(shifts, groups)
     if not q.shape[0]:  # as from a head without proposals; each input still gets a gradient
         return q[:, :, :: stride[0], :: stride[1]] + 0 * (k.sum() + v.sum())
     name, _ = choose_backend(backend, q.device, q.dtype)
-    return BACKENDS[name](q, k, v, kernel_size, stride, dilation, groups, scale, key_stride, shifts)
+    return BACKENDS[name](q, k, v, kernel_size, stride, dilation, groups, scale, key_stride)
 
 
 def _check_tensors(q, k, v, groups) -> None:
@@ -174,13 +170,6 @@ def _check_tensors(q, k, v, groups) -> None:
         raise ValueError(f"q, k and v must have channels and tokens, got q {tuple(q.shape)}, k {tuple(k.shape)}")
     if type(groups) is not int or groups < 1 or q.shape[1] % groups:
         raise ValueError(f"groups must divide the {q.shape[1]} channels, got {groups=}")
-
-
-def _shifts(shifts, groups) -> tuple[tuple[int, int], ...]:
-    shifts = tuple(tuple(shift) for shift in shifts)
-    if len(shifts) != groups or not all(len(s) == 2 and type(s[0]) is type(s[1]) is int for s in shifts):
-        raise ValueError(f"shifts must be {groups} pairs (down, right) of ints, one a group, got {shifts}")
-    return shifts
 
 
 def _key_stride(queries, keys, key_stride) -> tuple[int, int]:

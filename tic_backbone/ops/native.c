@@ -38,7 +38,7 @@ typedef struct { /* mirrored in native.py */
 typedef struct { /* one thread's workspace for a block of queries */
     float *keys, *values;  /* (ring, width, pitch): transposed rows; values in backward only */
     i64 *row;              /* (ring): which row of the window grid lies there */
-    i64 *column;           /* (pitch): column of the key map, after the shift; -1 beyond the border */
+    i64 *column;           /* (pitch): column of the key map; -1 beyond the border */
     float *weights, *dscores; /* (kernel[0], lanes) */
     float *beyond;            /* (lanes): -inf where a row of weights has more lanes than the window has columns */
     float *zeros;             /* (width): a token beyond the border */
@@ -104,11 +104,11 @@ static inline i64 start_(const Problem *p, const Block *b, i64 first, i64 j) {
     return u % p->dilation[1] * b->segment + u / p->dilation[1];
 }
 
-static void columns_(const Problem *p, Block *b, i64 first, i64 shift) {
+static void columns_(const Problem *p, Block *b, i64 first) {
     i64 left = centre(p, 1, first) - p->kernel[1] / 2 * p->dilation[1];
     for (i64 i = 0; i < b->pitch; i++) {
         i64 x = left + i % b->segment * p->dilation[1] + i / b->segment; /* of the slack at the end too: never met */
-        b->column[i] = x < 0 || x >= p->key_length ? -1 : mod(x + shift, p->key_length);
+        b->column[i] = x < 0 || x >= p->key_length ? -1 : x;
     }
     for (i64 i = 0; i < b->ring; i++) b->row[i] = INT64_MIN; /* nothing transposed yet */
 }
@@ -150,11 +150,11 @@ static void transpose_(const Problem *p, const Block *b, const float *map, const
 }
 
 /* The window's rows for output row i: of each its place in the ring and its row of the key map, -1 beyond the border. */
-static void rows_(const Problem *p, Block *b, const float *k, const float *v, i64 i, i64 shift, i64 *slot, i64 *row) {
+static void rows_(const Problem *p, Block *b, const float *k, const float *v, i64 i, i64 *slot, i64 *row) {
     for (i64 a = 0; a < p->kernel[0]; a++) {
         i64 y = centre(p, 0, i) + (a - p->kernel[0] / 2) * p->dilation[0];
         slot[a] = mod(y, b->ring);
-        row[a] = y < 0 || y >= p->key_height ? -1 : mod(y + shift, p->key_height);
+        row[a] = y < 0 || y >= p->key_height ? -1 : y;
         if (b->row[slot[a]] == y) continue;
         b->row[slot[a]] = y;
         transpose_(p, b, k, p->k, row[a], b->keys + slot[a] * p->width * b->pitch);
@@ -260,9 +260,9 @@ static i64 allocate(const Problem *p, Block *b, int backward) {
 
 /* Forward where dout is NULL: writes out and lse. Backward otherwise: writes dq and adds to dk and dv, of k's strides
  * `dstrides`. All of out, dout, dq have strides (height * length, length, 1) * groups * width. Returns 0, or 1 where
- * memory is short. `shifts`: (groups, 2). lse: (batch, groups, height, length). */
-int msa_conv2d(const Problem *p, const float *q, const float *k, const float *v, const i64 *shifts, float *out,
-               float *lse, const float *dout, float *dq, float *dk, float *dv, const i64 *dstrides) {
+ * memory is short. lse: (batch, groups, height, length). */
+int msa_conv2d(const Problem *p, const float *q, const float *k, const float *v, float *out, float *lse,
+               const float *dout, float *dq, float *dk, float *dv, const i64 *dstrides) {
     i64 reach = (p->kernel[0] - 1) * p->dilation[0] + 2; /* rows after which two blocks' windows cannot meet */
     i64 rows = (reach * p->key_stride[0] + p->stride[0] - 1) / p->stride[0];
     if (rows < MIN_ROWS) rows = MIN_ROWS;
@@ -289,9 +289,9 @@ int msa_conv2d(const Problem *p, const float *q, const float *k, const float *v,
                 const float *kg = k + n * p->k[0] + c, *vg = v + n * p->v[0] + c;
                 for (i64 first = 0; first < p->length; first += COLUMNS) {
                     i64 last = first + COLUMNS < p->length ? first + COLUMNS : p->length;
-                    columns_(p, b, first, shifts[2 * g + 1]);
+                    columns_(p, b, first);
                     for (i64 i = top; i < bottom; i++) {
-                        rows_(p, b, kg, dout ? vg : NULL, i, shifts[2 * g], slot, row);
+                        rows_(p, b, kg, dout ? vg : NULL, i, slot, row);
                         for (i64 j = first; j < last; j++) {
                             const float *query =
                                 q + n * p->q[0] + i * p->stride[0] * p->q[1] + j * p->stride[1] * p->q[2] + c;
@@ -313,4 +313,24 @@ int msa_conv2d(const Problem *p, const float *q, const float *k, const float *v,
         free(b->row);
     }
     return short_of_memory;
+}
+
+/* (batch, height, length, groups, width) numbers of `bytes` each: of every group the channels from starts[r] to
+ * starts[r + 1] are those of the token `shifts[r]` (down, right) away, around the border. `strides` of x in bytes, of
+ * image, row and column; out is dense. */
+void cyclic_shift(const char *x, char *out, i64 batch, i64 height, i64 length, i64 groups, i64 width, i64 runs,
+                  const i64 *starts, const i64 *shifts, const i64 *strides, i64 bytes, i64 threads) {
+#pragma omp parallel for collapse(2) num_threads(threads)
+    for (i64 n = 0; n < batch; n++)
+        for (i64 i = 0; i < height; i++)
+            for (i64 j = 0; j < length; j++) {
+                char *to = out + ((n * height + i) * length + j) * groups * width * bytes;
+                for (i64 r = 0; r < runs; r++) {
+                    i64 y = mod(i + shifts[2 * r], height), z = mod(j + shifts[2 * r + 1], length);
+                    const char *from = x + n * strides[0] + y * strides[1] + z * strides[2];
+                    i64 first = starts[r] * bytes, last = starts[r + 1] * bytes, pitch = width * bytes;
+                    for (i64 g = 0; g < groups; g++)
+                        memcpy(to + g * pitch + first, from + g * pitch + first, last - first);
+                }
+            }
 }

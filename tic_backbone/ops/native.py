@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import tempfile
 from functools import cache
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -40,17 +41,20 @@ def unavailable() -> str:
 @cache
 def _failure() -> str:
     try:
-        _function()
+        _functions()
     except (OSError, subprocess.SubprocessError) as error:
         return f"{type(error).__name__}: {error}"
     return ""
 
 
 @cache
-def _function():
-    function = _library().msa_conv2d
-    function.argtypes = [ctypes.POINTER(Problem), *[ctypes.c_void_p] * 11]
-    return function
+def _functions():
+    library = _library()
+    library.msa_conv2d.argtypes = [ctypes.POINTER(Problem), *[ctypes.c_void_p] * 10]
+    pointers, integers = [ctypes.c_void_p], [ctypes.c_int64]
+    library.cyclic_shift.argtypes = [*pointers * 2, *integers * 6, *pointers * 3, *integers * 2]
+    library.cyclic_shift.restype = None
+    return library
 
 
 def _library() -> ctypes.CDLL:
@@ -97,33 +101,31 @@ def _processor() -> str:
     return next((line for line in lines if line.lower().startswith(("flags", "features"))), os.uname().machine)
 
 
-def msa_conv2d_native(q, k, v, kernel_size, stride, dilation, groups, scale, key_stride, shifts):
+def msa_conv2d_native(q, k, v, kernel_size, stride, dilation, groups, scale, key_stride):
     """See `tic_backbone.msa_conv2d`. On the CPU; half precision is computed in float32. Can be differentiated once."""
     dtype = q.dtype
-    flat = [s for shift in shifts or ((0, 0),) * groups for s in shift]
-    out, _ = _forward(
-        *(x.float() for x in (q, k, v)), [*kernel_size, *stride, *dilation, *key_stride], flat, float(scale)
-    )
+    geometry = [*kernel_size, *stride, *dilation, *key_stride]
+    out, _ = _forward(*(x.float() for x in (q, k, v)), geometry, groups, float(scale))
     return out.to(dtype)
 
 
 @torch.library.custom_op("tic_backbone::msa_conv2d_native", mutates_args=(), device_types="cpu")
 def _forward(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, geometry: list[int], shifts: list[int], scale: float
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, geometry: list[int], groups: int, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The output, (N, C, H', W'), and the log-sum-exp of every query's scores, (N, groups, H', W').
 
-    `geometry`: kernel_size, stride, dilation, key_stride, two of each; `shifts`: two a group.
+    `geometry`: kernel_size, stride, dilation, key_stride, two of each.
     """
     q, k, v = _tokens(q), _tokens(k), _tokens(v)
-    out, lse = _results(q, geometry, shifts)
-    _call(q, k, v, geometry, shifts, scale, out, lse)
+    out, lse = _results(q, geometry, groups)
+    _call(q, k, v, geometry, groups, scale, out, lse)
     return out.permute(0, 3, 1, 2), lse
 
 
 @_forward.register_fake
-def _(q, k, v, geometry, shifts, scale):
-    out, lse = _results(q.permute(0, 2, 3, 1), geometry, shifts)
+def _(q, k, v, geometry, groups, scale):
+    out, lse = _results(q.permute(0, 2, 3, 1), geometry, groups)
     return out.permute(0, 3, 1, 2), lse
 
 
@@ -136,7 +138,7 @@ def _backward(
     out: torch.Tensor,
     lse: torch.Tensor,
     geometry: list[int],
-    shifts: list[int],
+    groups: int,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The gradients of q, k and v."""
@@ -145,14 +147,14 @@ def _backward(
     dq, dk, dv = _gradients(q, k)
     kept = dq[:, :: geometry[2], :: geometry[3]]
     grad_of_kept = kept if kept.is_contiguous() else torch.empty_like(grad)
-    _call(q, k, v, geometry, shifts, scale, out, lse, grad, grad_of_kept, dk, dv)
+    _call(q, k, v, geometry, groups, scale, out, lse, grad, grad_of_kept, dk, dv)
     if grad_of_kept is not kept:
         kept.copy_(grad_of_kept)
     return dq.permute(0, 3, 1, 2), dk.permute(0, 3, 1, 2), dv.permute(0, 3, 1, 2)
 
 
 @_backward.register_fake
-def _(grad, q, k, v, out, lse, geometry, shifts, scale):
+def _(grad, q, k, v, out, lse, geometry, groups, scale):
     return tuple(x.permute(0, 3, 1, 2) for x in _gradients(q.permute(0, 2, 3, 1), k.permute(0, 2, 3, 1)))
 
 
@@ -175,18 +177,17 @@ def _tokens(x):
     return x if x.stride(3) == 1 else x.contiguous()
 
 
-def _results(q, geometry, shifts):
+def _results(q, geometry, groups):
     n, h, w, c = q.shape
     h, w = (h + geometry[2] - 1) // geometry[2], (w + geometry[3] - 1) // geometry[3]
-    return q.new_empty(n, h, w, c), q.new_empty(n, len(shifts) // 2, h, w)
+    return q.new_empty(n, h, w, c), q.new_empty(n, groups, h, w)
 
 
 def _gradients(q, k):
     return q.new_zeros(q.shape), k.new_zeros(k.shape), k.new_zeros(k.shape)
 
 
-def _call(q, k, v, geometry, shifts, scale, out, lse, grad=None, dq=None, dk=None, dv=None):
-    groups = len(shifts) // 2
+def _call(q, k, v, geometry, groups, scale, out, lse, grad=None, dq=None, dk=None, dv=None):
     batch, height, length, channels = out.shape
     pairs = [(ctypes.c_int64 * 2)(*geometry[i : i + 2]) for i in (0, 2, 4, 6)]
     strides = [(ctypes.c_int64 * 3)(*x.stride()[:3]) for x in (q, k, v)]
@@ -199,6 +200,40 @@ def _call(q, k, v, geometry, shifts, scale, out, lse, grad=None, dq=None, dk=Non
     )
     pointers = [None if x is None else x.data_ptr() for x in (out, lse, grad, dq, dk, dv)]
     along = (ctypes.c_int64 * 3)(*(dk.stride()[:3] if dk is not None else (0, 0, 0)))
-    offsets = (ctypes.c_int64 * len(shifts))(*shifts)
-    if _function()(problem, q.data_ptr(), k.data_ptr(), v.data_ptr(), offsets, *pointers, along):
+    if _functions().msa_conv2d(problem, q.data_ptr(), k.data_ptr(), v.data_ptr(), *pointers, along):
         raise MemoryError(f"no memory for windows of {tuple(geometry[:2])} in {torch.get_num_threads()} threads")
+
+
+def cyclic_shift_native(x, groups, steps):
+    """See `tic_backbone.cyclic_shift`. On the CPU, of any dtype."""
+    return _shift(x, groups, [s for step in steps for s in step])
+
+
+@torch.library.custom_op("tic_backbone::cyclic_shift_native", mutates_args=(), device_types="cpu")
+def _shift(x: torch.Tensor, groups: int, steps: list[int]) -> torch.Tensor:
+    x = _tokens(x)
+    out = x.new_empty(x.shape)
+    batch, height, length, channels = x.shape
+    runs, width, bytes_ = len(steps) // 2, channels // groups, x.element_size()
+    starts = [0, *accumulate(len(run) for run in torch.arange(width).tensor_split(runs))]
+    arrays = [(ctypes.c_int64 * len(a))(*a) for a in (starts, steps, [s * bytes_ for s in x.stride()[:3]])]
+    sizes = (batch, height, length, groups, width, runs)
+    threads = torch.get_num_threads()
+    _functions().cyclic_shift(x.data_ptr(), out.data_ptr(), *sizes, *arrays, bytes_, threads)
+    return out.permute(0, 3, 1, 2)
+
+
+@_shift.register_fake
+def _(x, groups, steps):
+    return x.new_empty(x.permute(0, 2, 3, 1).shape).permute(0, 3, 1, 2)
+
+
+def _save_steps(ctx, inputs, output):
+    _, ctx.groups, ctx.steps = inputs
+
+
+def _shift_back(ctx, grad):
+    return _shift(grad, ctx.groups, [-s for s in ctx.steps]), None, None
+
+
+_shift.register_autograd(_shift_back, setup_context=_save_steps)

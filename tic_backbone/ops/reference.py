@@ -4,13 +4,11 @@ import torch
 import torch.nn.functional as F
 
 
-def msa_conv2d_reference(q, k, v, kernel_size, stride, dilation, groups, scale, key_stride, shifts):
+def msa_conv2d_reference(q, k, v, kernel_size, stride, dilation, groups, scale, key_stride):
     """See `tic_backbone.msa_conv2d`. Half-precision inputs are computed in float32."""
     dtype = q.dtype
     if dtype in (torch.float16, torch.bfloat16):
         q, k, v = q.float(), k.float(), v.float()
-    if shifts:
-        k, v = (_shift(x, shifts) for x in (k, v))
     n, c, h, w = q.shape
     q = q[:, :, :: stride[0], :: stride[1]]
     centres = [torch.arange(0, size, s, device=q.device) // r for size, s, r in zip((h, w), stride, key_stride)]
@@ -18,11 +16,6 @@ def msa_conv2d_reference(q, k, v, kernel_size, stride, dilation, groups, scale, 
     k, v = (_windows(x, kernel_size, dilation, groups, centres) for x in (k, v))
     attn = (scale * q * k).sum(2, keepdim=True).softmax(3)  # (N, groups, 1, kh*kw, H', W')
     return (attn * v).sum(3).reshape(n, c, *q.shape[4:]).to(dtype)
-
-
-def _shift(x, shifts):
-    parts = zip(x.chunk(len(shifts), 1), shifts)
-    return torch.cat([part.roll((-down, -right), (2, 3)) for part, (down, right) in parts], 1)
 
 
 def _windows(x, kernel_size, dilation, groups, centres):

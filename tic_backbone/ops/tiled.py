@@ -58,7 +58,7 @@ def window(axis: Axis, kernel: int, device: torch.device) -> torch.Tensor:
     return (offset >= 0) & (offset < kernel)
 
 
-def msa_conv2d_tiled(q, k, v, kernel_size, stride, dilation, groups, scale, key_stride, shifts):
+def msa_conv2d_tiled(q, k, v, kernel_size, stride, dilation, groups, scale, key_stride):
     """See `tic_backbone.msa_conv2d`."""
     dtype, (n, c, *size) = q.dtype, q.shape
     kept = [(length + s - 1) // s for length, s in zip(size, stride)]
@@ -68,9 +68,9 @@ def msa_conv2d_tiled(q, k, v, kernel_size, stride, dilation, groups, scale, key_
     mask = torch.zeros(allowed.shape, dtype=q.dtype, device=q.device).masked_fill(~allowed, float("-inf"))
 
     image, *tiles = _tile_numbers(n, axes, q.device)
-    queries = _tokens(image, [_queries(*a) for a in zip(tiles, axes, stride)], size, ((0, 0),))
+    queries = _tokens(image, [_queries(*a) for a in zip(tiles, axes, stride)], size)
     keys = [_keys(*a) for a in zip(tiles, axes, kernel_size, stride, dilation, key_stride)]
-    keys = _tokens(image, keys, k.shape[2:], shifts or ((0, 0),))
+    keys = _tokens(image, keys, k.shape[2:])
     q, k, v = _gather(q, queries, groups), _gather(k, keys, groups), _gather(v, keys, groups)
     out = F.scaled_dot_product_attention(q, k, v, mask, scale=scale)  # (tiles, groups, tile^2, C / groups)
     out = out.transpose(1, 2).reshape(-1, c).to(dtype)  # autocast would have it in half precision
@@ -100,29 +100,18 @@ def _keys(tile, axis, kernel, stride, dilation, key_stride):
     return (phase * stride // key_stride)[:, None] + inner * dilation
 
 
-def _tokens(image, positions, size, shifts):
-    """(tiles, shifts, tokens): the tokens' places in the map, counted over all images; -1 beyond the border."""
+def _tokens(image, positions, size):
+    """(tiles, tokens): the tokens' places in the map, counted over all images; -1 beyond the border."""
     (y, x), (h, w) = positions, size
     inside = ((y >= 0) & (y < h))[:, :, None] & ((x >= 0) & (x < w))[:, None]
-    places = []
-    for down, right in shifts:
-        row = image[:, None] * h + _wrap(y, down, h)
-        places.append(torch.where(inside, row[:, :, None] * w + _wrap(x, right, w)[:, None], -1).flatten(1))
-    return torch.stack(places, 1)
-
-
-def _wrap(position, shift, size):
-    if not shift:
-        return position
-    moved = position + (shift + (abs(shift) // size + 2) * size)
-    return moved - moved // size * size
+    return torch.where(inside, ((image[:, None] * h + y) * w)[:, :, None] + x[:, None], -1).flatten(1)
 
 
 def _gather(x, tokens, groups):
     """(N, C, H, W) gathered to (tiles, groups, tokens, C / groups), with zeros where `tokens` is -1."""
     x = F.pad(x.permute(0, 2, 3, 1).flatten(0, 2), (0, 0, 1, 0))  # (1 + N * H * W, C): row 0 is what lies beyond
     head = torch.arange(groups, device=x.device)[:, None]
-    return F.embedding((tokens + 1) * groups + head, x.view(-1, x.shape[1] // groups))
+    return F.embedding((tokens[:, None] + 1) * groups + head, x.view(-1, x.shape[1] // groups))
 
 
 def _untile(n, kept, axes, device):

@@ -10,7 +10,7 @@ This module imports triton and registers two operators, so it is imported when f
 
 import os
 import warnings
-from functools import cache, lru_cache
+from functools import cache
 from math import e, gcd, log2
 from typing import NamedTuple
 
@@ -118,22 +118,8 @@ def _within(first, i, LENGTH: tl.constexpr):
 
 
 @triton.jit
-def _shift(shifts, head, key_size):
-    """The head's shift (down, right), brought into the map."""
-    down, right = 0, 0
-    if shifts is not None:
-        # Twice, as % keeps the sign of a negative shift.
-        down = (tl.load(shifts + 2 * head) % key_size[0] + key_size[0]) % key_size[0]
-        right = (tl.load(shifts + 2 * head + 1) % key_size[1] + key_size[1]) % key_size[1]
-    return down, right
-
-
-@triton.jit
-def _shifted(y, x, down, right, key_size):
-    """Where the keys of window positions (y, x) are stored, and which are inside the map. Only inside does it wrap."""
-    inside = (y >= 0) & (y < key_size[0]) & (x >= 0) & (x < key_size[1])
-    y, x = y + down, x + right
-    return tl.where(y < key_size[0], y, y - key_size[0]), tl.where(x < key_size[1], x, x - key_size[1]), inside
+def _inside(y, x, size):
+    return (y.to(tl.uint32) < size[0].to(tl.uint32)) & (x.to(tl.uint32) < size[1].to(tl.uint32))  # -1 is large
 
 
 @triton.jit
@@ -165,7 +151,7 @@ def _dot(a, b):
 
 @triton.jit(do_not_specialize=SIZES)
 def _forward_kernel(
-    q, k, v, out, lse, shifts,
+    q, k, v, out, lse,
     q_strides, k_strides, v_strides, out_strides,
     height, length, key_height, key_length, tiles_y, tiles_x, groups, scale,
     ROWS: tl.constexpr, COLS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr,
@@ -178,7 +164,6 @@ def _forward_kernel(
     x, first_x, halo_x = _query_axis(tile_x, i % COLS.tile, COLS)
     exists = (y < size[0]) & (x < size[1])
     query = _load(q, q_strides, image, head, y * ROWS.stride, x * COLS.stride, exists, WIDTH, BLOCK_D)
-    down, right = _shift(shifts, head, key_size)
 
     top = tl.full([ROWS.tile * COLS.tile], -1e30, tl.float32)  # finite: a block may hold no key of a query's window
     mass = tl.zeros([ROWS.tile * COLS.tile], tl.float32)
@@ -187,7 +172,7 @@ def _forward_kernel(
         j = block + tl.arange(0, BLOCK)
         near = _within(first_y, j // COLS.halo, ROWS.kernel) & _within(first_x, j % COLS.halo, COLS.kernel)
         key_y, key_x = halo_y + j // COLS.halo * ROWS.dilation, halo_x + j % COLS.halo * COLS.dilation
-        key_y, key_x, inside = _shifted(key_y, key_x, down, right, key_size)
+        inside = _inside(key_y, key_x, key_size)
         key = _load(k, k_strides, image, head, key_y, key_x, inside, WIDTH, BLOCK_D)
         value = _load(v, v_strides, image, head, key_y, key_x, inside, WIDTH, BLOCK_D)
         # Beyond the map key and value are zeros that take their share; beyond the window there is nothing to share.
@@ -206,7 +191,7 @@ def _forward_kernel(
 
 @triton.jit(do_not_specialize=SIZES)
 def _query_gradient_kernel(
-    q, k, v, out, dout, lse, dq, delta, shifts,
+    q, k, v, out, dout, lse, dq, delta,
     q_strides, k_strides, v_strides, out_strides, dout_strides, dq_strides,
     height, length, key_height, key_length, tiles_y, tiles_x, groups, scale,
     ROWS: tl.constexpr, COLS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr,
@@ -218,26 +203,25 @@ def _query_gradient_kernel(
     y, first_y, halo_y = _query_axis(tile_y, i // COLS.tile, ROWS)
     x, first_x, halo_x = _query_axis(tile_x, i % COLS.tile, COLS)
     exists = (y < size[0]) & (x < size[1])
-    query = _load(q, q_strides, image, head, y * ROWS.stride, x * COLS.stride, exists, WIDTH, BLOCK_D)
     result = _load(out, out_strides, image, head, y, x, exists, WIDTH, BLOCK_D)
     slope = _load(dout, dout_strides, image, head, y, x, exists, WIDTH, BLOCK_D)
     number = ((image.to(tl.int64) * groups + head) * size[0] + y) * size[1] + x
     total = tl.load(lse + number, mask=exists, other=0.0)
     drift = tl.sum(result.to(tl.float32) * slope.to(tl.float32), 1)
     tl.store(delta + number, drift, mask=exists)
-    down, right = _shift(shifts, head, key_size)
+    query = _load(q, q_strides, image, head, y * ROWS.stride, x * COLS.stride, exists, WIDTH, BLOCK_D)
 
     gradient = tl.zeros([ROWS.tile * COLS.tile, BLOCK_D], tl.float32)
     for block in range(0, ROWS.halo * COLS.halo, BLOCK):
         j = block + tl.arange(0, BLOCK)
         near = _within(first_y, j // COLS.halo, ROWS.kernel) & _within(first_x, j % COLS.halo, COLS.kernel)
         key_y, key_x = halo_y + j // COLS.halo * ROWS.dilation, halo_x + j % COLS.halo * COLS.dilation
-        key_y, key_x, inside = _shifted(key_y, key_x, down, right, key_size)
+        inside = _inside(key_y, key_x, key_size)
         key = _load(k, k_strides, image, head, key_y, key_x, inside, WIDTH, BLOCK_D)
         value = _load(v, v_strides, image, head, key_y, key_x, inside, WIDTH, BLOCK_D)
+        dshare = _dot(slope, tl.trans(value)) - drift[:, None]
         score = _dot(query, tl.trans(key)) * (scale * LOG2_E)
-        share = tl.where(near, tl.exp2(score - total[:, None]), 0.0)
-        dscore = share * (_dot(slope, tl.trans(value)) - drift[:, None])
+        dscore = tl.where(near, tl.exp2(score - total[:, None]) * dshare, 0.0)
         gradient += _dot(dscore.to(key.dtype), key)
 
     _store(gradient * scale, dq, dq_strides, image, head, y * ROWS.stride, x * COLS.stride, exists, WIDTH, BLOCK_D)
@@ -245,7 +229,7 @@ def _query_gradient_kernel(
 
 @triton.jit(do_not_specialize=SIZES)
 def _key_gradient_kernel(
-    q, k, v, dout, lse, delta, dk, dv, shifts,
+    q, k, v, dout, lse, delta, dk, dv,
     q_strides, k_strides, v_strides, dout_strides, dk_strides, dv_strides,
     height, length, key_height, key_length, tiles_y, tiles_x, groups, scale,
     ROWS: tl.constexpr, COLS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr,
@@ -256,8 +240,7 @@ def _key_gradient_kernel(
     i = tl.arange(0, ROWS.tile * COLS.tile)
     y, centre_y = _key_axis(tile_y, i // COLS.tile, ROWS)
     x, centre_x = _key_axis(tile_x, i % COLS.tile, COLS)
-    down, right = _shift(shifts, head, key_size)
-    y, x, inside = _shifted(y, x, down, right, key_size)
+    inside = _inside(y, x, key_size)
     key = _load(k, k_strides, image, head, y, x, inside, WIDTH, BLOCK_D)
     value = _load(v, v_strides, image, head, y, x, inside, WIDTH, BLOCK_D)
 
@@ -307,7 +290,6 @@ def _forward(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    shifts: torch.Tensor | None,
     kernel_size: list[int],
     stride: list[int],
     dilation: list[int],
@@ -323,7 +305,7 @@ def _forward(
     tiles = _query_tiles(size, over_keys["ROWS"], over_keys["COLS"])
     with torch.cuda.device_of(q):
         _forward_kernel[(q.shape[0] * tiles[0] * tiles[1] * groups,)](
-            q, k, v, out, lse, shifts,
+            q, k, v, out, lse,
             q.stride(), k.stride(), v.stride(), out.stride(),
             *size, *key_size, *tiles, groups, scale, **over_keys,
         )  # fmt: skip
@@ -331,7 +313,7 @@ def _forward(
 
 
 @_forward.register_fake
-def _(q, k, v, shifts, kernel_size, stride, dilation, key_stride, groups, scale):
+def _(q, k, v, kernel_size, stride, dilation, key_stride, groups, scale):
     out = _kept(q, stride)
     return out, q.new_empty(q.shape[0], groups, *out.shape[2:], dtype=torch.float32)
 
@@ -344,7 +326,6 @@ def _backward(
     out: torch.Tensor,
     dout: torch.Tensor,
     lse: torch.Tensor,
-    shifts: torch.Tensor | None,
     kernel_size: list[int],
     stride: list[int],
     dilation: list[int],
@@ -360,13 +341,13 @@ def _backward(
     with torch.cuda.device_of(q):
         tiles = _query_tiles(size, over_keys["ROWS"], over_keys["COLS"])
         _query_gradient_kernel[(q.shape[0] * tiles[0] * tiles[1] * groups,)](
-            q, k, v, out, dout, lse, dq, delta, shifts,
+            q, k, v, out, dout, lse, dq, delta,
             q.stride(), k.stride(), v.stride(), out.stride(), dout.stride(), dq.stride(),
             *size, *key_size, *tiles, groups, scale, **over_keys,
         )  # fmt: skip
         tiles = _key_tiles(key_size, over_queries["ROWS"], over_queries["COLS"])
         _key_gradient_kernel[(q.shape[0] * tiles[0] * tiles[1] * groups,)](
-            q, k, v, dout, lse, delta, dk, dv, shifts,
+            q, k, v, dout, lse, delta, dk, dv,
             q.stride(), k.stride(), v.stride(), dout.stride(), dk.stride(), dv.stride(),
             *size, *key_size, *tiles, groups, scale, **over_queries,
         )  # fmt: skip
@@ -379,40 +360,27 @@ def _(q, k, v, *_):
 
 
 def _save(ctx, inputs, output):
-    q, k, v, shifts, *ctx.arguments = inputs
-    ctx.save_for_backward(q, k, v, *output, shifts)
+    q, k, v, *ctx.arguments = inputs
+    ctx.save_for_backward(q, k, v, *output)
     ctx.mark_non_differentiable(output[1])
 
 
 def _gradients(ctx, dout, _):
-    q, k, v, out, lse, shifts = ctx.saved_tensors
-    return *_backward(q, k, v, out, dout, lse, shifts, *ctx.arguments), *[None] * 7
+    q, k, v, out, lse = ctx.saved_tensors
+    return *_backward(q, k, v, out, dout, lse, *ctx.arguments), *[None] * 6
 
 
 _forward.register_autograd(_gradients, setup_context=_save)
 
 
-def _table(shifts, device):
-    return None if shifts is None else torch.tensor(shifts, dtype=torch.int32, device=device)
-
-
-@lru_cache
-def _kept_table(shifts, device):
-    """A copy to the device would wait for it in every call. Autograd must be able to save the one that is kept."""
-    with torch.inference_mode(False):
-        return _table(shifts, device)
-
-
-def msa_conv2d_triton(q, k, v, kernel_size, stride, dilation, groups, scale, key_stride, shifts):
+def msa_conv2d_triton(q, k, v, kernel_size, stride, dilation, groups, scale, key_stride):
     """See `tic_backbone.msa_conv2d`. Computes in float32, on tensor cores; can be differentiated once.
 
     Heads wider than `MAX_WIDTH` channels go to the tiles.
     """
     if q.shape[1] // groups > MAX_WIDTH:
-        return msa_conv2d_tiled(q, k, v, kernel_size, stride, dilation, groups, scale, key_stride, shifts)
-    real = type(q) is torch.Tensor and not torch.compiler.is_compiling()  # not in a graph, not a FakeTensor
-    table = (_kept_table if real else _table)(shifts, q.device)
-    return _forward(q, k, v, table, kernel_size, stride, dilation, key_stride, groups, float(scale))[0]
+        return msa_conv2d_tiled(q, k, v, kernel_size, stride, dilation, groups, scale, key_stride)
+    return _forward(q, k, v, kernel_size, stride, dilation, key_stride, groups, float(scale))[0]
 
 
 @torch.compiler.assume_constant_result
@@ -443,7 +411,7 @@ def _unavailable(device, dtype):
 def _self_check(device, dtype) -> str:
     """Which result of the kernels differs from the tiles', in float64 on the CPU, on a small input; empty if none."""
     generator = torch.Generator("cpu").manual_seed(0)
-    arguments = ((3, 5), (1, 1), (1, 2), 2, 0.2, (2, 1), ((1, -2), (0, 9)))
+    arguments = ((3, 5), (1, 1), (1, 2), 2, 0.2, (2, 1))
     shapes = [(1, 64, 4, 7), (1, 64, 2, 7), (1, 64, 2, 7), (1, 64, 4, 7)]
     *inputs, dout = [torch.randn(s, generator=generator, device="cpu").to(dtype).double() for s in shapes]
     results = []

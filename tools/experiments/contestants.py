@@ -1,15 +1,15 @@
 """The small networks that a study compares: one stem, one head, TiC's own blocks, and in them one thing changed."""
 
-import functools
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tic_backbone import MSAConv2d, TiCConfig, msa_conv2d
-from tic_backbone.layers import DIRECTIONS, LayerNorm2d, Linear2d, downsample, inter_pool
+from tic_backbone import MSAConv2d, TiCConfig
+from tic_backbone.layers import LayerNorm2d, Linear2d, downsample, inter_pool
 from tic_backbone.ops import native
+from tic_backbone.ops.shift import DIRECTIONS
 from tic_backbone.tic import Block, _init
 
 CHANNELS, DEPTHS, HEAD = (32, 96), (2, 2), 16
@@ -46,7 +46,7 @@ class Net(nn.Module):
                 layers += LayerNorm2d(before), nn.Conv2d(before, channels, 2, stride=2)
             for i in range(depth):
                 d = sum(DEPTHS[:stage]) + i
-                block = Block(channels, config, depth=d, index=i, drop_path=0.0)
+                block = Block(channels, config, index=i, drop_path=0.0)
                 if attention:
                     block.attn = attention(channels, d)
                 if position != "convolution":
@@ -130,10 +130,57 @@ class Depthwise(nn.Module):
         return self.proj(self.conv(x))
 
 
-def diagonals(heads: int, length: int, turn: int) -> tuple[tuple[int, int], ...]:
+def by_turns(heads: int, length: int, turn: int) -> list[tuple[int, int]]:
+    """Of each head a displacement (down, right): at most five runs of heads look to the centre and the four diagonals.
+
+    `turn`, the number of the layer, rotates which direction the first run takes.
+    """
+    runs = min(heads, len(DIRECTIONS))
+    sizes = [heads // runs + (i < heads % runs) for i in range(runs)]
+    steps = [DIRECTIONS[(i + turn) % len(DIRECTIONS)] for i in range(runs)]
+    return [(down * length, right * length) for size, (down, right) in zip(sizes, steps) for _ in range(size)]
+
+
+def diagonals(heads: int, length: int, turn: int) -> list[tuple[int, int]]:
     """Of each head a displacement along one of the four diagonals, by turns."""
     steps = [DIRECTIONS[1 + (head + turn) % 4] for head in range(heads)]
-    return tuple((length * down, length * right) for down, right in steps)
+    return [(length * down, length * right) for down, right in steps]
+
+
+def displaced(x: torch.Tensor, steps: list[tuple[int, int]]) -> torch.Tensor:
+    """Each head's part of x rolled, such that its window looks (down, right) of where it lies."""
+    if not any(map(any, steps)):
+        return x
+    parts = [part.roll((-down, -right), (2, 3)) for part, (down, right) in zip(x.chunk(len(steps), 1), steps)]
+    return torch.cat(parts, 1).contiguous(memory_format=torch.channels_last)
+
+
+class HeadShift(MSAConv2d):
+    """MSA-Conv whose heads look to where `steps` say, (down, right) each, around the border."""
+
+    def __init__(self, channels: int, steps: list[tuple[int, int]], **options) -> None:
+        super().__init__(channels, channels, 3, groups=channels // HEAD, **options)
+        self.steps = steps
+
+    def keys_and_values(self, x: torch.Tensor) -> list[torch.Tensor]:
+        return [displaced(part, self.steps) for part in super().keys_and_values(x)]
+
+
+class DiagonalChannels(MSAConv2d):
+    """The package's cyclic shift without its centre: every head's channels in four runs, one from each diagonal."""
+
+    def __init__(self, channels: int, length: int, inter_pool: int = 1) -> None:
+        super().__init__(channels, channels, 3, groups=channels // HEAD, inter_pool=inter_pool)
+        self.length = length
+
+    def keys_and_values(self, x: torch.Tensor) -> list[torch.Tensor]:
+        return [self._rolled(part) for part in super().keys_and_values(x)]
+
+    def _rolled(self, x: torch.Tensor) -> torch.Tensor:
+        runs = x.unflatten(1, (self.groups, 4, -1)).unbind(2)
+        steps = [(-self.length * down, -self.length * right) for down, right in DIRECTIONS[1:]]
+        x = torch.stack([run.roll(step, (3, 4)) for run, step in zip(runs, steps)], 2).flatten(1, 3)
+        return x.contiguous(memory_format=torch.channels_last)
 
 
 class Union(MSAConv2d):
@@ -147,14 +194,14 @@ class Union(MSAConv2d):
         self, channels: int, kernel_size: int = 3, *, displaced: int = 0, turn: int = 0, pooled: int = 1
     ) -> None:
         super().__init__(channels, channels, kernel_size, groups=channels // HEAD)
-        self.windows = (1, ((0, 0),) * self.groups), (pooled, diagonals(self.groups, displaced, turn))
+        self.windows = (1, [(0, 0)] * self.groups), (pooled, diagonals(self.groups, displaced, turn))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         pairs = []
-        for ratio, shifts in self.windows:
-            k, v = self.kv(x if ratio == 1 else inter_pool(x, ratio)).chunk(2, 1)
-            geometry = [*self.kernel_size, 1, 1, 1, 1, ratio, ratio]
-            pairs.append((k, v, geometry, [s for shift in shifts for s in shift]))
+        for ratio, steps in self.windows:
+            kv = self.kv(x if ratio == 1 else inter_pool(x, ratio)).chunk(2, 1)
+            k, v = (displaced(part, steps) for part in kv)
+            pairs.append((k, v, [*self.kernel_size, 1, 1, 1, 1, ratio, ratio], self.groups))
         return self.proj(SharedSoftmax.apply(self.q(x), HEAD**-0.5, *(part for pair in pairs for part in pair)))
 
 
@@ -167,7 +214,7 @@ class SharedSoftmax(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, scale, *windows):
         windows = [windows[i : i + 4] for i in range(0, len(windows), 4)]
-        outs, sums = zip(*(native._forward(q, k, v, geometry, shifts, scale) for k, v, geometry, shifts in windows))
+        outs, sums = zip(*(native._forward(q, k, v, geometry, groups, scale) for k, v, geometry, groups in windows))
         total = torch.stack(sums).logsumexp(0)
         shares = ((part - total).exp().repeat_interleave(q.shape[1] // part.shape[1], 1) for part in sums)
         out = sum(part * share for part, share in zip(outs, shares))
@@ -179,42 +226,11 @@ class SharedSoftmax(torch.autograd.Function):
     def backward(ctx, grad):
         q, out, total, *keys = ctx.saved_tensors
         dq, gradients = 0, []
-        for i, (geometry, shifts) in enumerate(ctx.rest):
+        for i, (geometry, groups) in enumerate(ctx.rest):
             k, v = keys[2 * i : 2 * i + 2]
-            own, dk, dv = native._backward(grad, q, k, v, out, total, geometry, shifts, ctx.scale)
+            own, dk, dv = native._backward(grad, q, k, v, out, total, geometry, groups, ctx.scale)
             dq, gradients = dq + own, [*gradients, dk, dv, None, None]
         return dq, None, *gradients
-
-
-class Displaced(MSAConv2d):
-    """MSA-Conv whose heads all look along the diagonals, none straight ahead."""
-
-    def __init__(self, channels: int, length: int, turn: int) -> None:
-        super().__init__(channels, channels, 3, groups=channels // HEAD)
-        self.shifts = diagonals(self.groups, length, turn)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        k, v = self.kv(x).chunk(2, 1)
-        return self.proj(msa_conv2d(self.q(x), k, v, self.kernel_size, groups=self.groups, shifts=self.shifts))
-
-
-class ChannelShift(MSAConv2d):
-    """The cyclic shift by channels instead of heads: an equal part of every head's channels from each direction."""
-
-    def __init__(self, channels: int, length: int, inter_pool: int = 1, directions: tuple = DIRECTIONS) -> None:
-        super().__init__(channels, channels, 3, groups=channels // HEAD, inter_pool=inter_pool)
-        self.steps = [(-length * down, -length * right) for down, right in directions]
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        keys = x if self.inter_pool == 1 else inter_pool(x, self.inter_pool)
-        k, v = (self._rolled(part) for part in self.kv(keys).chunk(2, 1))
-        options = dict(groups=self.groups, key_stride=self.inter_pool)
-        return self.proj(msa_conv2d(self.q(x), k, v, self.kernel_size, **options))
-
-    def _rolled(self, x: torch.Tensor) -> torch.Tensor:
-        heads = x.unflatten(1, (self.groups, -1))
-        parts = [part.roll(s, (3, 4)) for part, s in zip(heads.tensor_split(len(self.steps), 2), self.steps)]
-        return torch.cat(parts, 2).flatten(1, 2).contiguous(memory_format=torch.channels_last)
 
 
 class PooledBranch(nn.Module):
@@ -300,6 +316,10 @@ def _msa(**options) -> Callable:
     )
 
 
+def _by_turns(channels: int, length: int, turn: int, **options) -> HeadShift:
+    return HeadShift(channels, by_turns(channels // HEAD, length, turn), **options)
+
+
 def _second(first: Callable, second: Callable) -> Callable:
     """`second` in every second block, `first` in the others."""
     return lambda channels, i: (second if i % 2 else first)(channels, i)
@@ -312,12 +332,12 @@ def _plain(attention: Callable | None = None, **fields) -> Callable:
 
 CONTESTANTS: dict[str, Callable[[int], nn.Module]] = {  # from a number of classes to a network
     "plain": _plain(),
-    "shift a, 1": _plain(lambda c, i: _msa(cyclic_shift=1, turn=i)(c, i)),
-    "shift a, 2": _plain(lambda c, i: _msa(cyclic_shift=2, turn=i)(c, i)),
-    "shift a, 3": _plain(lambda c, i: _msa(cyclic_shift=3, turn=i)(c, i)),
-    "shift b, 2": _plain(_second(_msa(), lambda c, i: Displaced(c, 2, i // 2))),
-    "shift c, 1": _plain(lambda c, i: ChannelShift(c, 1)),
-    "shift c, 2": _plain(lambda c, i: ChannelShift(c, 2)),
+    "shift a, 1": _plain(lambda c, i: _by_turns(c, 1, i)),
+    "shift a, 2": _plain(lambda c, i: _by_turns(c, 2, i)),
+    "shift a, 3": _plain(lambda c, i: _by_turns(c, 3, i)),
+    "shift b, 2": _plain(_second(_msa(), lambda c, i: HeadShift(c, diagonals(c // HEAD, 2, i // 2)))),
+    "shift c, 1": _plain(_msa(cyclic_shift=1)),
+    "shift c, 2": _plain(_msa(cyclic_shift=2)),
     "shift d, 1": _plain(lambda c, i: Union(c, displaced=1, turn=i)),
     "shift d, 2": _plain(lambda c, i: Union(c, displaced=2, turn=i)),
     "shift d, 3": _plain(lambda c, i: Union(c, displaced=3, turn=i)),
@@ -329,15 +349,16 @@ CONTESTANTS: dict[str, Callable[[int], nn.Module]] = {  # from a number of class
     "pool c, 4": _plain(lambda c, i: Union(c, pooled=4)),
     "pool c, 2, every second block": _plain(_second(_msa(), lambda c, i: Union(c, pooled=2))),
     "pool c, 4, every second block": _plain(_second(_msa(), lambda c, i: Union(c, pooled=4))),
-    "shift a, 2 + pool a, 2": _plain(lambda c, i: _msa(cyclic_shift=2, turn=i, inter_pool=1 + i % 2)(c, i)),
-    "shift a, 1 + pool a, 2": _plain(lambda c, i: _msa(cyclic_shift=1, turn=i, inter_pool=1 + i % 2)(c, i)),
-    "shift a, 1 + dilation 2": _plain(lambda c, i: _msa(cyclic_shift=1, turn=i, dilation=1 + i % 2)(c, i)),
-    "shift b, 1 + pool a, 2": _plain(
-        _second(_msa(), lambda c, i: _msa(cyclic_shift=1, turn=i // 2, inter_pool=2)(c, i))
+    "shift a, 1 + pool a, 2": _plain(lambda c, i: _by_turns(c, 1, i, inter_pool=1 + i % 2)),
+    "shift a, 2 + pool a, 2": _plain(lambda c, i: _by_turns(c, 2, i, inter_pool=1 + i % 2)),
+    "shift a, 1 + pool a, 2, downsampling 2 x 2": _plain(
+        lambda c, i: _by_turns(c, 1, i, inter_pool=1 + i % 2), overlap=False, mlp_ratio=2.25
     ),
-    "shift c, 1 + pool a, 2": _plain(lambda c, i: ChannelShift(c, 1, 1 + i % 2)),
-    "shift c without the centre, 1 + pool a, 2": _plain(lambda c, i: ChannelShift(c, 1, 1 + i % 2, DIRECTIONS[1:])),
-    "shift c, 2 + pool a, 2": _plain(lambda c, i: ChannelShift(c, 2, 1 + i % 2)),
+    "shift a, 1 + dilation 2": _plain(lambda c, i: _by_turns(c, 1, i, dilation=1 + i % 2)),
+    "shift b, 1 + pool a, 2": _plain(_second(_msa(), lambda c, i: _by_turns(c, 1, i // 2, inter_pool=2))),
+    "shift c, 1 + pool a, 2": _plain(_second(_msa(cyclic_shift=1), _msa(cyclic_shift=1, inter_pool=2))),
+    "shift c, 2 + pool a, 2": _plain(_second(_msa(cyclic_shift=2), _msa(cyclic_shift=2, inter_pool=2))),
+    "shift c without the centre, 1 + pool a, 2": _plain(lambda c, i: DiagonalChannels(c, 1, 1 + i % 2)),
     "shift d, 1 + pool c, 2": _plain(lambda c, i: Union(c, displaced=1, turn=i, pooled=2)),
     "shift d, 2 + pool c, 2": _plain(lambda c, i: Union(c, displaced=2, turn=i, pooled=2)),
     "shift d, 1 + pool c, 2, every second block": _plain(
@@ -349,7 +370,6 @@ CONTESTANTS: dict[str, Callable[[int], nn.Module]] = {  # from a number of class
     "global attention": _plain(lambda c, i: Global(c)),
     "no position convolution": _plain(position=""),
     "downsampling 2 x 2": _plain(overlap=False, mlp_ratio=2.25),
-    "both, downsampling 2 x 2": functools.partial(Net, overlap=False, mlp_ratio=2.25),
     "k = 5": _plain(kernel_size=5),
     "k = 7": _plain(kernel_size=7),
     "groups = 1": _plain(_msa(groups=1)),
@@ -359,15 +379,15 @@ CONTESTANTS: dict[str, Callable[[int], nn.Module]] = {  # from a number of class
     "ConvNeXt": convnext,
     "ViT": vit,
 }
-TIC = "shift a, 1 + pool a, 2"  # the forms that the package has
+TIC = "shift c, 1 + pool a, 2"  # the forms that the package has
 SHIFTS = [name for name in CONTESTANTS if name.startswith("shift") and "+" not in name]
 POOLS = [name for name in CONTESTANTS if name.startswith("pool")]
 BOTH = [name for name in CONTESTANTS if "+" in name]
 STUDIES = {  # names of contestants; the first is what the others are compared with
     "ablation": [
-        *("plain", "shift a, 1", "pool a, 2", TIC),
+        *("plain", "shift c, 1", "pool a, 2", TIC),
         *("depthwise convolution", "Swin windows of 4", "neighbourhood attention", "global attention"),
-        *("no position convolution", "downsampling 2 x 2", "both, downsampling 2 x 2", "k = 5", "k = 7"),
+        *("no position convolution", "downsampling 2 x 2", "k = 5", "k = 7"),
         *("groups = 1", "groups = C", "dilation 2 in every second block"),
     ],
     "shift": ["plain", *SHIFTS],
