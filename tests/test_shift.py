@@ -1,5 +1,7 @@
 """cyclic_shift against loops that follow its definition, on every path."""
 
+import re
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -79,6 +81,12 @@ def test_gradients_are_derivatives(path):
 @pytest.mark.parametrize("shape", [(0, 10, 3, 4), (2, 10, 0, 4)])
 def test_nothing_is_shifted_to_nothing(path, shape):
     assert cyclic_shift(torch.zeros(shape), 2, 1).shape == shape
+
+
+@pytest.mark.parametrize(("shape", "groups"), [((2, 10, 3, 4), 3), ((10, 3, 4), 2), ((2, 10, 3, 4), 0)])
+def test_bad_input_is_named(path, shape, groups):
+    with pytest.raises(ValueError, match=f"groups={groups}, got {re.escape(str(shape))}"):
+        cyclic_shift(torch.zeros(shape), groups, 1)
 
 
 @needs_native

@@ -20,7 +20,12 @@ def cyclic_shift(x: torch.Tensor, groups: int, length: int) -> torch.Tensor:
 
     Returns:
         (N, C, H, W) in channels-last memory.
+
+    Raises:
+        ValueError: if x has another number of dimensions, or `groups` does not divide C.
     """
+    if x.dim() != 4 or groups < 1 or x.shape[1] % groups:
+        raise ValueError(f"need x of shape (N, C, H, W) with C a multiple of {groups=}, got {tuple(x.shape)}")
     steps = [(down * length, right * length) for down, right in DIRECTIONS]
     if x.device.type == "cpu" and not torch.compiler.is_exporting() and not native.unavailable():
         return native.cyclic_shift_native(x, groups, steps)
