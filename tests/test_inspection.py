@@ -16,11 +16,11 @@ from tic_backbone.inspection import receptive_field, side_of_square, window_weig
 @pytest.mark.parametrize("at", [(0, 0), (4, 3), (6, 8)])
 def test_weights_give_the_layers_own_output(options, at):
     torch.manual_seed(0)
-    layer = MSAConv2d(12, 12, (3, 5), **{"groups": 6, **options})
-    x = torch.randn(1, 12, 7, 9)
+    layer = MSAConv2d(12, 12, (3, 5), **{"groups": 6, **options}).double()
+    x = torch.randn(1, 12, 7, 9, dtype=torch.float64)
     weights, tokens, inside = window_weights(layer, x, *at)
     assert weights.shape == (layer.groups, 15) and tokens.shape == (15, 2) and inside.shape == (15,)
-    torch.testing.assert_close(weights.sum(1), torch.ones(layer.groups))
+    torch.testing.assert_close(weights.sum(1), torch.ones(layer.groups, dtype=torch.float64))
     v = layer.keys_and_values(x)[1][0].unflatten(0, (layer.groups, -1))
     seen = [w[inside] @ head[:, tokens[inside, 0], tokens[inside, 1]].T for w, head in zip(weights, v)]
     out = layer.proj(torch.cat(seen)[None, :, None, None])[0, :, 0, 0]

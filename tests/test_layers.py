@@ -51,6 +51,7 @@ def test_padding_other_than_same_is_refused():
         ({"kernel_size": 4}, "got 4"),
         ({"padding_mode": "reflect"}, "reflect"),
         ({"cyclic_shift": -1}, "cyclic_shift=-1"),
+        ({"cyclic_shift": 0.5}, "cyclic_shift=0.5"),
         ({"inter_pool": 0}, "inter_pool=0"),
         ({"backend": "nope"}, "nope"),
     ],
@@ -63,6 +64,14 @@ def test_bad_arguments_are_named(kwargs, words):
 def test_bad_input_is_named():
     with pytest.raises(ValueError, match=r"\(1, 5, 8, 8\)"):
         MSAConv2d(4, 4, 3)(torch.zeros(1, 5, 8, 8))
+
+
+def test_plain_backends_have_all_of_torch_s_derivatives():
+    """Forward mode, against finite differences; C has no part in them."""
+    msa = MSAConv2d(10, 10, 3, groups=2, cyclic_shift=1, backend="reference").double()
+    x, v = torch.randn(2, 1, 10, 4, 5, dtype=torch.float64)
+    _, tangent = torch.func.jvp(msa, (x,), (v,))
+    torch.testing.assert_close(tangent, (msa(x + 1e-6 * v) - msa(x - 1e-6 * v)) / 2e-6, rtol=1e-5, atol=1e-7)
 
 
 def reach(msa, size, token):

@@ -89,6 +89,16 @@ def test_bad_input_is_named(path, shape, groups):
         cyclic_shift(torch.zeros(shape), groups, 1)
 
 
+def test_a_length_that_is_no_int_is_named(path):
+    with pytest.raises(TypeError, match=r"got 0\.5"):
+        cyclic_shift(torch.zeros(1, 10, 3, 4), 2, 0.5)
+
+
+def test_one_channel_a_head_stays(path):
+    x = torch.randn(1, 4, 5, 5)
+    assert torch.equal(cyclic_shift(x, 4, 2), x)
+
+
 @needs_native
 def test_native_passes_torch_s_checks_of_operators():
     x = torch.randn(2, 12, 4, 5, requires_grad=True)

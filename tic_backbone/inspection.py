@@ -31,7 +31,7 @@ def window_weights(layer: MSAConv2d, x: torch.Tensor, row: int, column: int) -> 
     tokens = torch.cartesian_prod(rows, columns)
     inside = ((tokens >= 0) & (tokens < torch.tensor([height, width]))).all(1)
     q = layer.q(x[:, :, row : row + 1, column : column + 1]).reshape(groups, -1)
-    keys = torch.zeros(groups, len(tokens), q.shape[1])
+    keys = k.new_zeros(groups, len(tokens), q.shape[1])
     keys[:, inside] = k[:, tokens[inside, 0], tokens[inside, 1]].unflatten(0, (groups, -1)).transpose(1, 2)
     scores = (keys @ q[:, :, None])[..., 0] * q.shape[1] ** -0.5
     return Window(scores.softmax(1), tokens, inside)

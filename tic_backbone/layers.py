@@ -58,9 +58,9 @@ class MSAConv2d(nn.Module):
         bias: whether the projections have one.
         padding_mode: only "zeros"; those keys score 0 and take their share of the softmax.
         cyclic_shift: length of the multi-directional cyclic shift of keys and values in tokens, 0 for none; see
-            `tic_backbone.cyclic_shift`.
+            `tic_backbone.cyclic_shift`. It wants heads of five channels or more: in the depthwise form it does nothing.
         inter_pool: keys and values come from tokens averaged over cells of this side, 1 for none; see `inter_pool`.
-        backend: implementation of the attention; see `tic_backbone.msa_conv2d`.
+        backend: implementation of the attention and the shift; see `tic_backbone.msa_conv2d`.
     """
 
     transposed = False  # mmcv's ConvModule reads these two of every convolution it wraps
@@ -87,8 +87,8 @@ class MSAConv2d(nn.Module):
             raise ValueError(f"groups must divide out_channels, got {groups=} and {out_channels=}")
         if padding_mode != "zeros":
             raise ValueError(f"MSAConv2d pads with zeros only, got {padding_mode=}")
-        if cyclic_shift < 0 or inter_pool < 1:
-            raise ValueError(f"need {cyclic_shift=} >= 0 and {inter_pool=} >= 1")
+        if not type(cyclic_shift) is type(inter_pool) is int or cyclic_shift < 0 or inter_pool < 1:
+            raise ValueError(f"need ints {cyclic_shift=} >= 0 and {inter_pool=} >= 1")
         check_backend(backend)
         self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups
         self.kernel_size = odd_pair(kernel_size, "kernel_size")
@@ -126,7 +126,9 @@ class MSAConv2d(nn.Module):
         """Those of an input: pooled, projected, shifted."""
         # Pooled before the projection, which is linear: the same keys and values, for a part of the arithmetic.
         kv = self.kv(x if self.inter_pool == 1 else inter_pool(x, self.inter_pool))
-        return (cyclic_shift(kv, 2 * self.groups, self.cyclic_shift) if self.cyclic_shift else kv).chunk(2, 1)
+        if self.cyclic_shift:
+            kv = cyclic_shift(kv, 2 * self.groups, self.cyclic_shift, self.backend)
+        return kv.chunk(2, 1)
 
     def extra_repr(self) -> str:
         names = ("kernel_size", "stride", "dilation", "groups", "cyclic_shift", "inter_pool")
