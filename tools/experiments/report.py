@@ -135,12 +135,14 @@ def by_network(lines: list[dict]) -> list[list[dict]]:
 
 def draw_sizes(lines: list[dict], path: Path) -> None:
     figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
+    colors: dict[str, str] = {}
     for own in by_network([line for line in lines if not line["pad"]]):
         scales = sorted({line["scale"] for line in own})
         tops = [statistics.mean(100 * line["accuracy"] for line in own if line["scale"] == scale) for scale in scales]
         name, mosaic, zoom = (own[0][key] for key in ("contestant", "mosaic", "zoom"))
         label = f"{name}, mosaic {mosaic}" + f", zoom {zoom:g}" * (zoom > 1)
-        axis.plot(scales, tops, "-" if zoom == 1 else "--", marker=".", label=label)
+        color = colors.setdefault(name, f"C{len(colors)}")
+        axis.plot(scales, tops, "-" if zoom == 1 else "--", marker=".", label=label, color=color)
     axis.set_xscale("log", base=2)
     ticks = sorted({line["scale"] for line in lines})
     axis.set_xticks(ticks, [f"{scale:g}" for scale in ticks])
