@@ -1,4 +1,4 @@
-"""MSA-Conv as a pure function, and the choice of its implementation.
+"""MSA-Conv as a pure function, the choice of its implementation, and the cyclic shift.
 
 Each backend is one file with one function of the same signature; `BACKENDS` lists them.
 """

@@ -1,4 +1,4 @@
-"""MSA-Conv on the CPU in C: native.c, compiled once by the machine's own compiler at first use.
+"""MSA-Conv and the cyclic shift on the CPU in C: native.c, compiled once by the machine's own compiler at first use.
 
 Nothing is built at install time. Where there is no compiler, or it fails, `unavailable` says why and the tiles run.
 """
