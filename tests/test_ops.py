@@ -265,10 +265,10 @@ def test_coarse_grid_ratio_is_inferred_where_sizes_decide_it():
 
 @pytest.mark.parametrize(
     ("backend", "least", "most"),
-    [("reference", 49, 200), ("tiled", 4, 12), pytest.param("native", 4, 4.1, marks=needs_native)],
+    [("reference", 49, 200), ("tiled", 4, 12), pytest.param("native", 3, 3.1, marks=needs_native)],
 )
 def test_backward_keeps_nothing_of_window_size(backend, least, most):
-    """In maps saved by autograd: native q, k, v and out; tiles a few copies of them; the reference 49 of k and v."""
+    """In maps saved by autograd: native q, k and v; tiles a few copies of them; the reference 49 of k and v."""
     q, k, v = qkv((1, 32, 56, 56), dtype=torch.float32)
     saved = {}
 

@@ -1,9 +1,11 @@
-/* MSA-Conv on the CPU in float32: one pass a query, nothing of window size leaves the registers and the stack.
+/* MSA-Conv on the CPU in float32: nothing of window size leaves one small workspace a thread.
  *
- * Scores want many keys at once, the weighted sum many channels. So the rows of keys around a block of queries are
- * transposed once to (channel, column), where a window's row is LANES neighbouring floats; values are read where they
- * lie. Backward makes the weights again from the log-sum-exp and adds to the gradients of keys and values in place:
- * blocks of rows that could meet on a key run one after the other, so every sum has one order and is repeatable.
+ * A vector holds one number of each of LANES neighbouring queries of a row. The rows of keys and values around a block
+ * of queries are transposed once to (channel, column) and laid out so that a key's place in the window is the same
+ * distance for all queries: what the LANES queries meet there are then LANES neighbouring floats. So scores, softmax
+ * and weighted sum are plain vertical arithmetic. Backward makes the weights again from the log-sum-exp; a key's
+ * gradient is summed over the LANES queries in registers and then added in place. Blocks of rows that could meet on a
+ * key run one after the other, so every sum has one order and is repeatable.
  *
  * Compiled at first use by native.py, linked with nothing: the OpenMP runtime is the one that torch brought.
  */
@@ -19,7 +21,8 @@
 #define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (ivec){__VA_ARGS__})
 #endif
 #define COLUMNS 32 /* queries of a row that share the transposed keys */
-#define MIN_ROWS 16
+#define MIN_ROWS 32
+#define INLINE static inline __attribute__((always_inline))
 
 typedef float vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef int32_t ivec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
@@ -35,21 +38,43 @@ typedef struct { /* mirrored in native.py */
     float scale;
 } Problem;
 
+typedef struct {
+    int32_t query, weight; /* where the query lies in `tokens`, and its weight in a row of the window */
+} Meeting;
+
+typedef struct {
+    i64 column;    /* of the key map; -1 after the last key */
+    i64 from, to;  /* of the meetings */
+} Key;
+
 typedef struct { /* one thread's workspace for a block of queries */
-    float *keys, *values;  /* (ring, width, pitch): transposed rows; values in backward only */
-    i64 *row;              /* (ring): which row of the window grid lies there */
-    i64 *column;           /* (pitch): column of the key map; -1 beyond the border */
-    float *weights, *dscores; /* (kernel[0], lanes) */
-    float *beyond;            /* (lanes): -inf where a row of weights has more lanes than the window has columns */
-    float *zeros;             /* (width): a token beyond the border */
-    i64 ring, pitch, segment, lanes;
+    float *keys, *values;     /* (ring + 1, width, pitch): transposed rows; the last one is of zeros */
+    float *query, *grad;      /* (width, LANES) */
+    float *weights, *dscores; /* (window, LANES) */
+    float *tokens;            /* (LANES, 2, width): each query and its output's gradient */
+    float *zeros, *unused;    /* (width): a token beyond the border; what lanes without a query write */
+    i64 *row;                 /* (ring): which row of the key map lies there */
+    i64 *column;              /* (pitch): column of the key map; -1 beyond the border */
+    i64 *place;               /* (kernel[1]): where the keys of the block's first query lie in a transposed row */
+    i64 *at;                  /* (window): the same in `keys`, for one row of queries */
+    i64 *key_row;             /* (kernel[0]): row of the key map, -1 beyond the border */
+    i64 columns, step, ring, pitch, segment, window;
+    Meeting *meetings; /* (columns, kernel[1]): who meets the keys of one row, key by key; for backward */
+    Key *met;          /* (columns / LANES, LANES * kernel[1] + 1): the keys of each LANES queries */
 } Block;
 
-static inline i64 mod(i64 a, i64 b) { i64 m = a % b; return m < 0 ? m + b : m; }
+INLINE i64 mod(i64 a, i64 b) { i64 m = a % b; return m < 0 ? m + b : m; }
 
-static inline vec select_(ivec mask, vec a, vec b) { return (vec)((mask & (ivec)a) | (~mask & (ivec)b)); }
+INLINE i64 floor_(i64 a, i64 b) { return (a - mod(a, b)) / b; }
 
-static inline vec exp_(vec x) { /* Cephes' expf; NaN stays NaN */
+INLINE vec greater(vec a, vec b) {
+    for (int l = 0; l < LANES; l++) a[l] = a[l] < b[l] ? b[l] : a[l];
+    return a;
+}
+
+INLINE vec select_(ivec mask, vec a, vec b) { return (vec)((mask & (ivec)a) | (~mask & (ivec)b)); }
+
+INLINE vec exp_(vec x) { /* Cephes' expf; NaN stays NaN */
     x = select_((ivec)(x < -87.0f), (vec){0} - 87.0f, x);
     vec n = x * 1.44269504088896341f + 12582912.0f; /* adding 1.5 * 2^23 rounds */
     ivec power = (ivec)n << 23;
@@ -64,59 +89,10 @@ static inline vec exp_(vec x) { /* Cephes' expf; NaN stays NaN */
     return (vec)((ivec)y + power);
 }
 
-/* `m` rows of a window's scores at once, to share what is loaded of x. */
-static inline __attribute__((always_inline)) void score_rows(const int m, const Problem *p, const Block *b,
-                                                             const float *const *row, const float *x, float *scores) {
-    for (i64 lane = 0; lane < b->lanes; lane += LANES) {
-        vec even[m], odd[m];
-        for (int a = 0; a < m; a++) even[a] = odd[a] = (vec){0};
-        i64 d = 0;
-        for (; d + 2 <= p->width; d += 2)
-            for (int a = 0; a < m; a++) {
-                even[a] += x[d] * *(const vec *)(row[a] + d * b->pitch + lane);
-                odd[a] += x[d + 1] * *(const vec *)(row[a] + (d + 1) * b->pitch + lane);
-            }
-        for (int a = 0; d < p->width && a < m; a++) even[a] += x[d] * *(const vec *)(row[a] + d * b->pitch + lane);
-        for (int a = 0; a < m; a++) *(vec *)(scores + a * b->lanes + lane) = even[a] + odd[a];
-    }
-}
-
-/* scores[a][e] = x . key(a, e) for the window at `start` of the transposed rows */
-static void scores_(const Problem *p, const Block *b, const float *rows, const i64 *slot, i64 start, const float *x,
-                    float *scores) {
-    for (i64 a = 0; a < p->kernel[0]; a += 4) {
-        const float *row[4];
-        int m = p->kernel[0] - a < 4 ? p->kernel[0] - a : 4;
-        for (int i = 0; i < m; i++) row[i] = rows + slot[a + i] * p->width * b->pitch + start;
-        float *into = scores + a * b->lanes;
-        if (m == 4) score_rows(4, p, b, row, x, into);
-        else if (m == 3) score_rows(3, p, b, row, x, into);
-        else if (m == 2) score_rows(2, p, b, row, x, into);
-        else score_rows(1, p, b, row, x, into);
-    }
-}
-
-static inline i64 centre(const Problem *p, int axis, i64 out) { return out * p->stride[axis] / p->key_stride[axis]; }
-
-/* Where the window of output column j starts in a transposed row: dilated columns lie in one segment a residue. */
-static inline i64 start_(const Problem *p, const Block *b, i64 first, i64 j) {
-    i64 u = centre(p, 1, j) - centre(p, 1, first);
-    return u % p->dilation[1] * b->segment + u / p->dilation[1];
-}
-
-static void columns_(const Problem *p, Block *b, i64 first) {
-    i64 left = centre(p, 1, first) - p->kernel[1] / 2 * p->dilation[1];
-    for (i64 i = 0; i < b->pitch; i++) {
-        i64 x = left + i % b->segment * p->dilation[1] + i / b->segment; /* of the slack at the end too: never met */
-        b->column[i] = x < 0 || x >= p->key_length ? -1 : x;
-    }
-    for (i64 i = 0; i < b->ring; i++) b->row[i] = INT64_MIN; /* nothing transposed yet */
-}
-
-/* Eight tokens of eight channels each, transposed in registers. */
-static inline void transpose_square(const float *const *token, i64 d, float *rows, i64 pitch) {
+/* Eight vectors' numbers in eight others: the first of each in the first. */
+INLINE void transpose_square(const float *const *from, float *const *to) {
     vec t[LANES], u[LANES];
-    for (int i = 0; i < LANES; i++) t[i] = *(const vec *)(token[i] + d);
+    for (int i = 0; i < LANES; i++) t[i] = *(const vec *)from[i];
     for (int i = 0; i < LANES; i += 2) {
         u[i] = SHUFFLE(t[i], t[i + 1], 0, 8, 1, 9, 4, 12, 5, 13);
         u[i + 1] = SHUFFLE(t[i], t[i + 1], 2, 10, 3, 11, 6, 14, 7, 15);
@@ -127,135 +103,295 @@ static inline void transpose_square(const float *const *token, i64 d, float *row
             t[i + 2 * j + 1] = SHUFFLE(u[i + j], u[i + j + 2], 2, 3, 10, 11, 6, 7, 14, 15);
         }
     for (int i = 0; i < 4; i++) {
-        *(vec *)(rows + (d + i) * pitch) = SHUFFLE(t[i], t[i + 4], 0, 1, 2, 3, 8, 9, 10, 11);
-        *(vec *)(rows + (d + i + 4) * pitch) = SHUFFLE(t[i], t[i + 4], 4, 5, 6, 7, 12, 13, 14, 15);
+        *(vec *)to[i] = SHUFFLE(t[i], t[i + 4], 0, 1, 2, 3, 8, 9, 10, 11);
+        *(vec *)to[i + 4] = SHUFFLE(t[i], t[i + 4], 4, 5, 6, 7, 12, 13, 14, 15);
     }
 }
 
-/* Row y of the key map, -1 for zeros, to (width, pitch) with the block's columns side by side. */
-static void transpose_(const Problem *p, const Block *b, const float *map, const i64 *strides, i64 y, float *rows) {
-    if (y < 0) {
-        memset(rows, 0, 4 * p->width * b->pitch);
-        return;
+/* Eight tokens' channels to the first eight columns of `rows`. */
+INLINE void to_rows(const float *const *token, i64 width, float *rows, i64 pitch) {
+    i64 d = 0;
+    for (; d + LANES <= width; d += LANES) {
+        const float *from[LANES];
+        float *to[LANES];
+        for (int l = 0; l < LANES; l++) from[l] = token[l] + d, to[l] = rows + (d + l) * pitch;
+        transpose_square(from, to);
     }
+    for (; d < width; d++)
+        for (int l = 0; l < LANES; l++) rows[d * pitch + l] = token[l][d];
+}
+
+/* And back, from rows of LANES. */
+INLINE void to_tokens(const float *rows, i64 width, float *const *token) {
+    i64 d = 0;
+    for (; d + LANES <= width; d += LANES) {
+        const float *from[LANES];
+        float *to[LANES];
+        for (int l = 0; l < LANES; l++) from[l] = rows + (d + l) * LANES, to[l] = token[l] + d;
+        transpose_square(from, to);
+    }
+    for (; d < width; d++)
+        for (int l = 0; l < LANES; l++) token[l][d] = rows[d * LANES + l];
+}
+
+INLINE i64 centre(const Problem *p, int axis, i64 out) { return out * p->stride[axis] / p->key_stride[axis]; }
+
+/* Lays out a transposed row for the queries from `first` on. With stride / key_stride = a / b in lowest terms, query j
+ * meets at distance n of its centre the key (a j + b dilation n) / b, rounded down. With b dilation n = a m + r that
+ * depends on j + m and r alone: the row holds a segment for each rest r, and j's key lies at j + m in it. */
+static void columns_(const Problem *p, Block *b, i64 first) {
+    i64 a = p->stride[1] / b->step, fine = p->key_stride[1] / b->step, reach = p->kernel[1] / 2 * p->dilation[1];
+    i64 left = floor_(-fine * reach, a);
+    for (i64 e = 0; e < p->kernel[1]; e++) {
+        i64 distance = fine * (e * p->dilation[1] - reach);
+        b->place[e] = mod(distance, a) * b->segment + floor_(distance, a) - left;
+    }
+    for (i64 i = 0; i < b->pitch; i++) {
+        i64 x = floor_(a * (first + left + i % b->segment) + i / b->segment, fine);
+        b->column[i] = x < 0 || x >= p->key_length ? -1 : x;
+    }
+    for (i64 i = 0; i < b->ring; i++) b->row[i] = -1; /* nothing transposed yet */
+}
+
+INLINE Key *met_(const Problem *p, const Block *b, i64 first, i64 j) {
+    return b->met + (j - first) / LANES * (LANES * p->kernel[1] + 1);
+}
+
+/* Lists for backward which of each LANES queries meet a key, and at which place of their windows. */
+static void meetings_(const Problem *p, Block *b, i64 first, i64 last) {
+    i64 reach = p->kernel[1] / 2 * p->dilation[1], n = 0;
+    for (i64 j = first; j < last; j += LANES) {
+        Key *key = met_(p, b, first, j);
+        i64 until = j + LANES < last ? j + LANES : last;
+        for (i64 x = centre(p, 1, j) - reach; x <= centre(p, 1, until - 1) + reach; x++) {
+            i64 from = n;
+            for (i64 l = j; l < until && x >= 0 && x < p->key_length; l++) {
+                i64 distance = x - centre(p, 1, l) + reach;
+                if (distance >= 0 && distance <= 2 * reach && distance % p->dilation[1] == 0)
+                    b->meetings[n++] = (Meeting){2 * (l - j) * p->width, distance / p->dilation[1] * LANES + l - j};
+            }
+            if (n > from) *key++ = (Key){x, from, n};
+        }
+        key->column = -1;
+    }
+}
+
+/* Row y of the key map to (width, pitch), its columns as the block wants them. */
+static void transpose_(const Problem *p, const Block *b, const float *map, const i64 *strides, i64 y, float *rows) {
     for (i64 i = 0; i < b->pitch; i += LANES) {
         const float *token[LANES];
         for (int l = 0; l < LANES; l++)
             token[l] = b->column[i + l] < 0 ? b->zeros : map + y * strides[1] + b->column[i + l] * strides[2];
-        i64 d = 0;
-        for (; d + LANES <= p->width; d += LANES) transpose_square(token, d, rows + i, b->pitch);
-        for (; d < p->width; d++)
-            for (int l = 0; l < LANES; l++) rows[d * b->pitch + i + l] = token[l][d];
+        to_rows(token, p->width, rows + i, b->pitch);
     }
 }
 
-/* The window's rows for output row i: of each its place in the ring and its row of the key map, -1 beyond the border. */
-static void rows_(const Problem *p, Block *b, const float *k, const float *v, i64 i, i64 *slot, i64 *row) {
+/* Sees to the transposed rows of the windows of output row i, and to where their keys lie. */
+static void rows_(const Problem *p, Block *b, const float *k, const float *v, i64 i) {
+    i64 size = p->width * b->pitch;
     for (i64 a = 0; a < p->kernel[0]; a++) {
-        i64 y = centre(p, 0, i) + (a - p->kernel[0] / 2) * p->dilation[0];
-        slot[a] = mod(y, b->ring);
-        row[a] = y < 0 || y >= p->key_height ? -1 : y;
-        if (b->row[slot[a]] == y) continue;
-        b->row[slot[a]] = y;
-        transpose_(p, b, k, p->k, row[a], b->keys + slot[a] * p->width * b->pitch);
-        if (v) transpose_(p, b, v, p->v, row[a], b->values + slot[a] * p->width * b->pitch);
+        i64 y = centre(p, 0, i) + (a - p->kernel[0] / 2) * p->dilation[0], inside = y >= 0 && y < p->key_height;
+        i64 slot = inside ? y % b->ring : b->ring;
+        b->key_row[a] = inside ? y : -1;
+        if (inside && b->row[slot] != y) {
+            b->row[slot] = y;
+            transpose_(p, b, k, p->k, y, b->keys + slot * size);
+            transpose_(p, b, v, p->v, y, b->values + slot * size);
+        }
+        for (i64 e = 0; e < p->kernel[1]; e++) b->at[a * p->kernel[1] + e] = slot * size + b->place[e];
     }
 }
 
-/* `CHUNKS(step)` covers a group's channels by the widest steps, whose sums then fit the registers. */
-#define CHUNKS(step)                                              \
-    for (i64 c = 0; c < p->width;) {                              \
-        i64 rest = p->width - c;                                  \
-        if (rest >= 32) { step(32); c += 32; }                    \
-        else if (rest >= 16) { step(16); c += 16; }               \
-        else if (rest >= 8) { step(8); c += 8; }                  \
-        else { step(1); c += 1; }                                 \
+/* scores[t] = x . rows at[t], for `m` places of the window whose sums fit the registers. */
+INLINE void scores_of(const int m, i64 width, i64 pitch, const float *rows, const i64 *at, const float *x,
+                      float *scores, vec *top) {
+    vec sum[9];
+    i64 from[9];
+    for (int t = 0; t < m; t++) sum[t] = (vec){0}, from[t] = at[t];
+    for (i64 d = 0; d < width; d++, rows += pitch, x += LANES) {
+        vec y = *(const vec *)x;
+        for (int t = 0; t < m; t++) sum[t] += y * *(const vec *)(rows + from[t]);
     }
+    for (int t = 0; t < m; t++) *(vec *)(scores + t * LANES) = sum[t], *top = greater(*top, sum[t]);
+}
 
-#define WINDOW(body)                                                               \
-    for (i64 a = 0; a < p->kernel[0]; a++) {                                       \
-        if (row[a] < 0) continue;                                                  \
-        for (i64 e = 0; e < p->kernel[1]; e++) {                                   \
-            i64 x = b->column[start + e];                                          \
-            if (x >= 0) { body }                                                   \
-        }                                                                          \
+/* All scores of a window; returns the greatest ones. */
+static vec scores_(const Problem *p, const Block *b, const float *rows, const float *x, float *scores) {
+    vec top = (vec){0} - INFINITY;
+    for (i64 t = 0; t < b->window;) {
+        i64 rest = b->window - t;
+#define STEP(m) scores_of(m, p->width, b->pitch, rows, b->at + t, x, scores + t * LANES, &top), t += m
+        if (rest == 9) STEP(9); /* a square of an odd number is one more than a multiple of eight */
+        else if (rest >= 8) STEP(8);
+        else if (rest >= 4) STEP(4);
+        else STEP(1);
+#undef STEP
     }
+    return top;
+}
 
-static void forward_query(const Problem *p, Block *b, const i64 *slot, const i64 *row, i64 start, const float *q,
-                          const float *v, float *out, float *lse) {
-    float scaled[p->width], *w = b->weights;
-    for (i64 d = 0; d < p->width; d++) scaled[d] = p->scale * q[d];
-    scores_(p, b, b->keys, slot, start, scaled, w);
-    i64 n = p->kernel[0] * b->lanes;
-    float top = -INFINITY, sum = 0;
-    vec most = (vec){0} - INFINITY, total = {0};
-    for (i64 i = 0; i < n; i += LANES) {
-        vec score = *(vec *)(w + i) + *(vec *)(b->beyond + i % b->lanes);
-        most = select_((ivec)(most < score), score, most);
-        *(vec *)(w + i) = score;
+/* sums[d] = sum over t of weights[t] * rows at[t], for `m` channels. */
+INLINE void sums_of(const int m, i64 window, i64 pitch, const float *rows, const i64 *at, const float *weights,
+                    float *sums) {
+    vec sum[8];
+    for (int d = 0; d < m; d++) sum[d] = (vec){0};
+    for (i64 t = 0; t < window; t++) {
+        const float *from = rows + at[t];
+        vec w = *(const vec *)(weights + t * LANES);
+        for (int d = 0; d < m; d++) sum[d] += w * *(const vec *)(from + d * pitch);
     }
-    for (int l = 0; l < LANES; l++) top = top < most[l] ? most[l] : top;
-    for (i64 i = 0; i < n; i += LANES) {
-        vec weight = exp_(*(vec *)(w + i) - top); /* of lanes beyond 1e-38, which adds nothing to a sum of 1 or more */
-        *(vec *)(w + i) = weight;
+    for (int d = 0; d < m; d++) *(vec *)(sums + d * LANES) = sum[d];
+}
+
+static void sums_(const Problem *p, const Block *b, const float *rows, const float *weights, float *sums) {
+    for (i64 d = 0; d < p->width;) {
+#define STEP(m) sums_of(m, b->window, b->pitch, rows + d * b->pitch, b->at, weights, sums + d * LANES), d += m
+        if (p->width - d >= 8) STEP(8);
+        else if (p->width - d >= 4) STEP(4);
+        else STEP(1);
+#undef STEP
+    }
+}
+
+/* `shift` is where the LANES queries' keys lie after those of the block's first query. */
+static void forward_queries(const Problem *p, Block *b, i64 shift, i64 n, const float *const *q, float *const *out,
+                            float *lse) {
+    to_rows(q, p->width, b->query, LANES);
+    for (i64 d = 0; d < p->width * LANES; d += LANES) *(vec *)(b->query + d) *= p->scale;
+    vec top = scores_(p, b, b->keys + shift, b->query, b->weights), total = {0};
+    for (i64 t = 0; t < b->window * LANES; t += LANES) {
+        vec weight = exp_(*(vec *)(b->weights + t) - top);
+        *(vec *)(b->weights + t) = weight;
         total += weight;
     }
-    for (int l = 0; l < LANES; l++) sum += total[l];
-    *lse = top + logf(sum);
-    float share = 1 / sum;
-#define STEP(m)                                                                                          \
-    float acc[m] = {0};                                                                                  \
-    WINDOW(const float *t = v + row[a] * p->v[1] + x * p->v[2] + c; float s = w[a * b->lanes + e];       \
-           for (int d = 0; d < m; d++) acc[d] += s * t[d];)                                              \
-    for (int d = 0; d < m; d++) out[c + d] = acc[d] * share;
-    CHUNKS(STEP)
-#undef STEP
+    for (i64 l = 0; l < n; l++) lse[l] = top[l] + logf(total[l]);
+    sums_(p, b, b->values + shift, b->weights, b->query);
+    vec share = 1 / total;
+    for (i64 d = 0; d < p->width * LANES; d += LANES) *(vec *)(b->query + d) *= share;
+    to_tokens(b->query, p->width, out);
 }
 
-static void backward_query(const Problem *p, Block *b, const i64 *slot, const i64 *row, i64 start, const float *q,
-                           const float *k, const float *out, const float *dout, float lse, float *dq, float *dk,
-                           float *dv, const i64 *dstrides) {
-    float scaled[p->width], *w = b->weights, *ds = b->dscores, delta = 0;
-    for (i64 d = 0; d < p->width; d++) scaled[d] = p->scale * q[d];
-    for (i64 d = 0; d < p->width; d++) delta += out[d] * dout[d];
-    scores_(p, b, b->keys, slot, start, scaled, w);
-    scores_(p, b, b->values, slot, start, dout, ds);
-    for (i64 i = 0; i < p->kernel[0] * b->lanes; i += LANES) {
-        vec weight = exp_(*(vec *)(w + i) - lse);
-        *(vec *)(w + i) = weight;
-        *(vec *)(ds + i) = weight * (*(vec *)(ds + i) - delta) * p->scale;
+/* Adds to `m` vectors of channels of a key's gradients what the queries send that meet it. */
+INLINE void add_to_key(const int m, const Meeting *from, const Meeting *to, const float *weights, const float *dscores,
+                       const float *q, const float *dout, float *dk, float *dv) {
+    vec sum_k[4], sum_v[4];
+    for (int d = 0; d < m; d++) sum_k[d] = ((vec *)dk)[d], sum_v[d] = ((vec *)dv)[d];
+    for (; from < to; from++) {
+        float s = dscores[from->weight], w = weights[from->weight];
+        for (int d = 0; d < m; d++) sum_k[d] += s * ((const vec *)(q + from->query))[d];
+        for (int d = 0; d < m; d++) sum_v[d] += w * ((const vec *)(dout + from->query))[d];
     }
-#define STEP(m)                                                                                              \
-    float acc[m] = {0}, query[m], grad[m];                                                                   \
-    for (int d = 0; d < m; d++) query[d] = q[c + d], grad[d] = dout[c + d];                                  \
-    WINDOW(const float *t = k + row[a] * p->k[1] + x * p->k[2] + c; float s = ds[a * b->lanes + e];          \
-           float u = w[a * b->lanes + e]; i64 at = row[a] * dstrides[1] + x * dstrides[2] + c;               \
-           for (int d = 0; d < m; d++) acc[d] += s * t[d];                                                   \
-           for (int d = 0; d < m; d++) dk[at + d] += s * query[d];                                           \
-           for (int d = 0; d < m; d++) dv[at + d] += u * grad[d];)                                           \
-    for (int d = 0; d < m; d++) dq[c + d] = acc[d];
-    CHUNKS(STEP)
-#undef STEP
+    for (int d = 0; d < m; d++) ((vec *)dk)[d] = sum_k[d], ((vec *)dv)[d] = sum_v[d];
 }
+
+static void add_to_keys(const Problem *p, const Block *b, const Key *key, i64 a, float *dk, float *dv, i64 stride) {
+    const float *weights = b->weights + a * p->kernel[1] * LANES, *dscores = b->dscores + a * p->kernel[1] * LANES;
+    for (; key->column >= 0; key++) {
+        const Meeting *from = b->meetings + key->from, *to = b->meetings + key->to;
+        const float *q = b->tokens, *dout = q + p->width;
+        i64 c = 0, at = key->column * stride;
+#define STEP(m) add_to_key(m, from, to, weights, dscores, q + c, dout + c, dk + at + c, dv + at + c), c += m * LANES
+        while (c + 4 * LANES <= p->width) STEP(4);
+        if (c + 2 * LANES <= p->width) STEP(2);
+        if (c + LANES <= p->width) STEP(1);
+#undef STEP
+        for (; c < p->width; c++)
+            for (const Meeting *m = from; m < to; m++) {
+                dk[at + c] += dscores[m->weight] * q[m->query + c];
+                dv[at + c] += weights[m->weight] * dout[m->query + c];
+            }
+    }
+}
+
+/* `key`: the first that these queries meet. */
+static void backward_queries(const Problem *p, Block *b, i64 shift, i64 n, const float *const *q,
+                             const float *const *dout, const float *lse, float *const *dq, float *dk, float *dv,
+                             const i64 *dstrides, const Key *key) {
+    to_rows(q, p->width, b->query, LANES);
+    to_rows(dout, p->width, b->grad, LANES);
+    for (i64 l = 0; l < LANES; l++) {
+        memcpy(b->tokens + 2 * l * p->width, q[l], sizeof(float) * p->width);
+        memcpy(b->tokens + (2 * l + 1) * p->width, dout[l], sizeof(float) * p->width);
+    }
+    for (i64 d = 0; d < p->width * LANES; d += LANES) *(vec *)(b->query + d) *= p->scale;
+    scores_(p, b, b->keys + shift, b->query, b->weights);
+    scores_(p, b, b->values + shift, b->grad, b->dscores);
+    vec logs = {0}, delta = {0};
+    for (i64 l = 0; l < n; l++) logs[l] = lse[l];
+    for (i64 t = 0; t < b->window * LANES; t += LANES) {
+        vec weight = exp_(*(vec *)(b->weights + t) - logs);
+        *(vec *)(b->weights + t) = weight;
+        delta += weight * *(vec *)(b->dscores + t);
+    }
+    for (i64 t = 0; t < b->window * LANES; t += LANES)
+        *(vec *)(b->dscores + t) = *(vec *)(b->weights + t) * (*(vec *)(b->dscores + t) - delta) * p->scale;
+    sums_(p, b, b->keys + shift, b->dscores, b->query);
+    to_tokens(b->query, p->width, dq);
+    for (i64 a = 0; a < p->kernel[0]; a++) {
+        i64 row = b->key_row[a];
+        if (row >= 0) add_to_keys(p, b, key, a, dk + row * dstrides[1], dv + row * dstrides[1], dstrides[2]);
+    }
+}
+
+static i64 gcd(i64 a, i64 b) { return b ? gcd(b, a % b) : a; }
 
 static i64 allocate(const Problem *p, Block *b, int backward) {
-    b->lanes = (p->kernel[1] + LANES - 1) / LANES * LANES;
+    b->step = gcd(p->stride[1], p->key_stride[1]);
+    b->columns = p->length < COLUMNS ? (p->length + LANES - 1) / LANES * LANES : COLUMNS;
+    b->window = p->kernel[0] * p->kernel[1];
     b->ring = (p->kernel[0] - 1) * p->dilation[0] + 1;
-    b->segment = (COLUMNS * p->stride[1] / p->key_stride[1] + 1) / p->dilation[1] + 1 + b->lanes;
-    b->pitch = (b->segment * p->dilation[1] + LANES - 1) / LANES * LANES;
-    i64 rows = b->ring * p->width * b->pitch + LANES, window = p->kernel[0] * b->lanes;
-    b->keys = malloc(4 * (rows * (1 + backward) + 2 * window + b->lanes + p->width));
-    b->row = malloc(8 * (b->ring + b->pitch + 2 * p->kernel[0]));
-    if (!b->keys || !b->row) return 0;
+    i64 a = p->stride[1] / b->step, fine = p->key_stride[1] / b->step;
+    b->segment = b->columns + (fine * (p->kernel[1] - 1) * p->dilation[1] + a - 1) / a + 1;
+    b->pitch = (b->segment * a + LANES - 1) / LANES * LANES;
+    i64 rows = (b->ring + 1) * p->width * b->pitch, met = b->columns / LANES * (LANES * p->kernel[1] + 1);
+    b->keys = calloc(2 * rows + (4 * p->width + 2 * b->window) * LANES + 2 * p->width, sizeof(float));
+    b->row = malloc(sizeof(i64) * (b->ring + b->pitch + p->kernel[1] + b->window + p->kernel[0]));
+    b->met = malloc(backward * (met * sizeof(Key) + b->columns * p->kernel[1] * sizeof(Meeting)));
+    if (!b->keys || !b->row || (backward && !b->met)) return 0;
     b->values = b->keys + rows;
-    b->weights = b->keys + rows * (1 + backward);
-    b->dscores = b->weights + window;
-    b->beyond = b->dscores + window;
-    b->zeros = b->beyond + b->lanes;
+    b->query = b->values + rows;
+    b->grad = b->query + p->width * LANES;
+    b->weights = b->grad + p->width * LANES;
+    b->dscores = b->weights + b->window * LANES;
+    b->tokens = b->dscores + b->window * LANES;
+    b->zeros = b->tokens + 2 * p->width * LANES;
+    b->unused = b->zeros + p->width;
     b->column = b->row + b->ring;
-    for (i64 l = 0; l < b->lanes; l++) b->beyond[l] = l < p->kernel[1] ? 0 : -INFINITY;
-    for (i64 d = 0; d < p->width; d++) b->zeros[d] = 0;
+    b->place = b->column + b->pitch;
+    b->at = b->place + p->kernel[1];
+    b->key_row = b->at + b->window;
+    b->meetings = (Meeting *)(b->met + met);
     return 1;
+}
+
+/* Output rows from `top` to `bottom` of one head of one image, whose maps the pointers are. */
+static void head_(const Problem *p, Block *b, i64 top, i64 bottom, const float *q, const float *k, const float *v,
+                  float *out, float *lse, const float *dout, float *dq, float *dk, float *dv, const i64 *dstrides) {
+    i64 channels = p->groups * p->width;
+    for (i64 first = 0; first < p->length; first += b->columns) {
+        i64 last = first + b->columns < p->length ? first + b->columns : p->length;
+        columns_(p, b, first);
+        if (dout) meetings_(p, b, first, last);
+        for (i64 i = top; i < bottom; i++) {
+            rows_(p, b, k, v, i);
+            for (i64 j = first; j < last; j += LANES) {
+                i64 n = last - j < LANES ? last - j : LANES, token = i * p->length + j;
+                const float *query[LANES], *grad[LANES];
+                float *into[LANES];
+                for (i64 l = 0; l < LANES; l++) {
+                    i64 at = (token + l) * channels;
+                    query[l] = l < n ? q + i * p->stride[0] * p->q[1] + (j + l) * p->stride[1] * p->q[2] : b->zeros;
+                    grad[l] = l < n && dout ? dout + at : b->zeros;
+                    into[l] = l < n ? (dout ? dq : out) + at : b->unused;
+                }
+                if (dout)
+                    backward_queries(p, b, j - first, n, query, grad, lse + token, into, dk, dv, dstrides,
+                                     met_(p, b, first, j));
+                else
+                    forward_queries(p, b, j - first, n, query, into, lse + token);
+            }
+        }
+    }
 }
 
 /* Forward where dout is NULL: writes out and lse. Backward otherwise: writes dq and adds to dk and dv, of k's strides
@@ -266,17 +402,15 @@ int msa_conv2d(const Problem *p, const float *q, const float *k, const float *v,
     i64 reach = (p->kernel[0] - 1) * p->dilation[0] + 2; /* rows after which two blocks' windows cannot meet */
     i64 rows = (reach * p->key_stride[0] + p->stride[0] - 1) / p->stride[0];
     if (rows < MIN_ROWS) rows = MIN_ROWS;
-    i64 blocks = (p->height + rows - 1) / rows, heads = p->batch * p->groups, channels = p->groups * p->width;
+    i64 blocks = (p->height + rows - 1) / rows, heads = p->batch * p->groups, size = p->height * p->length;
     int short_of_memory = 0;
 #pragma omp parallel num_threads(p->threads)
     {
         Block block, *b = &block;
-        i64 ok = allocate(p, b, dout != NULL);
-        if (!ok) {
+        if (!allocate(p, b, dout != NULL)) {
 #pragma omp atomic write
             short_of_memory = 1;
         }
-        i64 *slot = b->column + b->pitch, *row = slot + p->kernel[0];
 #pragma omp barrier
         for (i64 colour = 0; colour < 2; colour++) {
             i64 half = (blocks + 1 - colour) / 2;
@@ -284,33 +418,20 @@ int msa_conv2d(const Problem *p, const float *q, const float *k, const float *v,
             for (i64 unit = 0; unit < heads * half; unit++) {
                 if (short_of_memory) continue;
                 i64 n = unit / half / p->groups, g = unit / half % p->groups, c = g * p->width;
-                i64 top = (2 * (unit % half) + colour) * rows;
+                i64 top = (2 * (unit % half) + colour) * rows, at = n * size * p->groups * p->width + c;
                 i64 bottom = top + rows < p->height ? top + rows : p->height;
-                const float *kg = k + n * p->k[0] + c, *vg = v + n * p->v[0] + c;
-                for (i64 first = 0; first < p->length; first += COLUMNS) {
-                    i64 last = first + COLUMNS < p->length ? first + COLUMNS : p->length;
-                    columns_(p, b, first);
-                    for (i64 i = top; i < bottom; i++) {
-                        rows_(p, b, kg, dout ? vg : NULL, i, slot, row);
-                        for (i64 j = first; j < last; j++) {
-                            const float *query =
-                                q + n * p->q[0] + i * p->stride[0] * p->q[1] + j * p->stride[1] * p->q[2] + c;
-                            i64 token = (n * p->height + i) * p->length + j, start = start_(p, b, first, j);
-                            i64 head = ((n * p->groups + g) * p->height + i) * p->length + j;
-                            if (dout)
-                                backward_query(p, b, slot, row, start, query, kg, out + token * channels + c,
-                                               dout + token * channels + c, lse[head], dq + token * channels + c,
-                                               dk + n * dstrides[0] + c, dv + n * dstrides[0] + c, dstrides);
-                            else
-                                forward_query(p, b, slot, row, start, query, vg, out + token * channels + c,
-                                              lse + head);
-                        }
-                    }
-                }
+                float *lse_of_head = lse + (n * p->groups + g) * size;
+                const float *q_ = q + n * p->q[0] + c, *k_ = k + n * p->k[0] + c, *v_ = v + n * p->v[0] + c;
+                if (dout)
+                    head_(p, b, top, bottom, q_, k_, v_, NULL, lse_of_head, dout + at, dq + at,
+                          dk + n * dstrides[0] + c, dv + n * dstrides[0] + c, dstrides);
+                else
+                    head_(p, b, top, bottom, q_, k_, v_, out + at, lse_of_head, NULL, NULL, NULL, NULL, NULL);
             }
         }
         free(b->keys);
         free(b->row);
+        free(b->met);
     }
     return short_of_memory;
 }

@@ -119,7 +119,7 @@ def _forward(
     """
     q, k, v = _tokens(q), _tokens(k), _tokens(v)
     out, lse = _results(q, geometry, groups)
-    _call(q, k, v, geometry, groups, scale, out, lse)
+    _call(q, k, v, geometry, groups, scale, lse, out=out)
     return out.permute(0, 3, 1, 2), lse
 
 
@@ -135,32 +135,31 @@ def _backward(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    out: torch.Tensor,
     lse: torch.Tensor,
     geometry: list[int],
     groups: int,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The gradients of q, k and v."""
-    grad, out = _tokens(grad).contiguous(), _tokens(out).contiguous()
+    grad = _tokens(grad).contiguous()
     q, k, v = _tokens(q), _tokens(k), _tokens(v)
     dq, dk, dv = _gradients(q, k)
     kept = dq[:, :: geometry[2], :: geometry[3]]
     grad_of_kept = kept if kept.is_contiguous() else torch.empty_like(grad)
-    _call(q, k, v, geometry, groups, scale, out, lse, grad, grad_of_kept, dk, dv)
+    _call(q, k, v, geometry, groups, scale, lse, grad=grad, dq=grad_of_kept, dk=dk, dv=dv)
     if grad_of_kept is not kept:
         kept.copy_(grad_of_kept)
     return dq.permute(0, 3, 1, 2), dk.permute(0, 3, 1, 2), dv.permute(0, 3, 1, 2)
 
 
 @_backward.register_fake
-def _(grad, q, k, v, out, lse, geometry, groups, scale):
+def _(grad, q, k, v, lse, geometry, groups, scale):
     return tuple(x.permute(0, 3, 1, 2) for x in _gradients(q.permute(0, 2, 3, 1), k.permute(0, 2, 3, 1)))
 
 
 def _setup_context(ctx, inputs, output):
     q, k, v, *ctx.arguments = inputs
-    ctx.save_for_backward(q, k, v, *output)
+    ctx.save_for_backward(q, k, v, output[1])
     ctx.mark_non_differentiable(output[1])
 
 
@@ -187,8 +186,8 @@ def _gradients(q, k):
     return q.new_zeros(q.shape), k.new_zeros(k.shape), k.new_zeros(k.shape)
 
 
-def _call(q, k, v, geometry, groups, scale, out, lse, grad=None, dq=None, dk=None, dv=None):
-    batch, height, length, channels = out.shape
+def _call(q, k, v, geometry, groups, scale, lse, out=None, grad=None, dq=None, dk=None, dv=None):
+    batch, height, length, channels = (grad if out is None else out).shape
     pairs = [(ctypes.c_int64 * 2)(*geometry[i : i + 2]) for i in (0, 2, 4, 6)]
     strides = [(ctypes.c_int64 * 3)(*x.stride()[:3]) for x in (q, k, v)]
     problem = Problem(
