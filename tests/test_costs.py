@@ -41,7 +41,8 @@ def test_a_block_runs_no_kernel_but_these(index):
     counts = kernels(block, x)
     weights = ("new_ones", "constant_pad_nd", "add")  # of the position convolution: its kernel plus the identity
     assert counts.pop("add") == 3 and all(counts.pop(name) == 1 for name in weights[:2])
-    expected = dict(convolution=1, native_layer_norm=2, addmm=5, msa_conv2d_native=1, cyclic_shift_native=1, gelu=1)
+    assert counts.pop("convolution") + counts.pop("addmm", 0) == 1 + 5  # linear layers are one or the other
+    expected = dict(native_layer_norm=2, msa_conv2d_native=1, cyclic_shift_native=1, gelu=1)
     assert counts == {**expected, **({"avg_pool2d": 1} if index else {})}
     for part in (block.attn.q(x), *block.attn.keys_and_values(x)):  # nor inside of msa_conv2d_native
         assert native._tokens(part).data_ptr() == part.data_ptr()

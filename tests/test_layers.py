@@ -4,11 +4,12 @@ import pytest
 import torch
 from torch import nn
 
-from tic_backbone import MSAConv2d, msa_conv2d
+from tic_backbone import MSAConv2d, layers, msa_conv2d
 from tic_backbone.layers import (
     MLP,
     DropPath,
     LayerNorm2d,
+    Linear2d,
     PositionConv,
     by_chunks,
     inter_pool,
@@ -130,6 +131,34 @@ def test_pooling_before_the_projection_is_pooling_after_it():
     k, v = inter_pool(msa.kv(x), 2).chunk(2, 1)
     expected = msa.proj(msa_conv2d(msa.q(x), k, v, 3, key_stride=2, backend="reference"))
     torch.testing.assert_close(msa(x), expected)
+
+
+@pytest.mark.parametrize("onednn", [False, True])
+@pytest.mark.parametrize(
+    "x",
+    [
+        torch.randn(2, 5, 6, 12).permute(0, 3, 1, 2),
+        torch.randn(2, 12, 5, 6),
+        torch.randn(2, 24, 5, 6)[:, 12:],
+        torch.randn(3, 12, 1, 1),
+        torch.randn(1, 12, 1, 7),
+        torch.randn(0, 12, 5, 6),
+    ],
+    ids=["channels-last", "channels-first", "slice", "one token", "one row", "empty"],
+)
+def test_linear_layer_is_the_same_by_both_libraries(x, onednn, monkeypatch):
+    """Values, channels-last memory, first and second derivatives, whatever the map's memory is like."""
+    monkeypatch.setattr(layers, "_ONEDNN_ON_AVX2", onednn)
+    layer = Linear2d(12, 20)
+    x = x.clone().requires_grad_()
+    out, wanted = layer(x), torch.einsum("nchw,dc->ndhw", x, layer.weight) + layer.bias[:, None, None]
+    torch.testing.assert_close(out, wanted)
+    assert out.is_contiguous(memory_format=torch.channels_last)
+    inputs = (x, *layer.parameters())
+    grads = [torch.autograd.grad(y.square().sum(), inputs, create_graph=True) for y in (out, wanted)]
+    torch.testing.assert_close(*grads)
+    second = [torch.autograd.grad(dx.square().sum(), inputs[:2]) for dx, *_ in grads]
+    torch.testing.assert_close(*second)
 
 
 def test_channels_last_stays_channels_last():

@@ -22,11 +22,12 @@ from timm.models._features import feature_take_indices
 from torch import nn
 
 from tic_backbone import tic
-from tic_backbone.layers import MSAConv2d
+from tic_backbone.layers import Linear2d, MSAConv2d
 from tic_backbone.tic import checked_images
 
 # Leaves in torch.fx graphs, which cannot hold their checks
 register_notrace_module(MSAConv2d)
+register_notrace_module(Linear2d)
 register_notrace_function(checked_images)
 
 
