@@ -133,23 +133,24 @@ def test_pooling_before_the_projection_is_pooling_after_it():
     torch.testing.assert_close(msa(x), expected)
 
 
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this PyTorch has no oneDNN")
 @pytest.mark.parametrize("onednn", [False, True])
 @pytest.mark.parametrize(
     "x",
     [
-        torch.randn(2, 5, 6, 12).permute(0, 3, 1, 2),
-        torch.randn(2, 12, 5, 6),
-        torch.randn(2, 24, 5, 6)[:, 12:],
-        torch.randn(3, 12, 1, 1),
-        torch.randn(1, 12, 1, 7),
-        torch.randn(0, 12, 5, 6),
+        torch.randn(2, 8, 9, 12).permute(0, 3, 1, 2),
+        torch.randn(2, 12, 8, 9),
+        torch.randn(2, 24, 8, 9)[:, 12:],
+        torch.randn(100, 12, 1, 1),
+        torch.randn(1, 12, 1, 100),
     ],
-    ids=["channels-last", "channels-first", "slice", "one token", "one row", "empty"],
+    ids=["channels-last", "channels-first", "slice", "one token", "one row"],
 )
 def test_linear_layer_is_the_same_by_both_libraries(x, onednn, monkeypatch):
     """Values, channels-last memory, first and second derivatives, whatever the map's memory is like."""
-    monkeypatch.setattr(layers, "_ONEDNN_ON_AVX2", onednn)
+    monkeypatch.setattr(layers, "_AVX2", onednn)
     layer = Linear2d(12, 20)
+    assert layer._convolves(x) == onednn
     x = x.clone().requires_grad_()
     out, wanted = layer(x), torch.einsum("nchw,dc->ndhw", x, layer.weight) + layer.bias[:, None, None]
     torch.testing.assert_close(out, wanted)
@@ -159,6 +160,20 @@ def test_linear_layer_is_the_same_by_both_libraries(x, onednn, monkeypatch):
     torch.testing.assert_close(*grads)
     second = [torch.autograd.grad(dx.square().mean(), inputs[:2]) for dx, *_ in grads]
     torch.testing.assert_close(*second)
+
+
+@pytest.mark.parametrize("shape", [(0, 12, 5, 6), (1, 1, 16, 16)], ids=["empty", "one channel"])
+def test_linear_layer_of_odd_maps(shape):
+    layer, x = Linear2d(shape[1], 20), torch.randn(shape, requires_grad=True)
+    out = layer(x)
+    assert out.shape == (shape[0], 20, *shape[2:]) and out.is_contiguous(memory_format=torch.channels_last)
+    out.sum().backward()
+    assert x.grad.shape == x.shape
+
+
+def test_linear_layer_under_vmap():
+    layer, x = Linear2d(12, 20), torch.randn(3, 2, 12, 8, 9)
+    torch.testing.assert_close(torch.vmap(layer)(x), torch.stack([layer(part) for part in x]))
 
 
 def test_channels_last_stays_channels_last():

@@ -116,14 +116,15 @@ def test_second_derivatives_of_the_reference():
 
 
 @needs_native
-def test_native_is_repeatable_in_any_number_of_threads():
+@pytest.mark.parametrize(("kernel", "dilation"), [(7, 1), ((15, 1), (5, 1))], ids=["window of 7", "far apart"])
+def test_native_is_repeatable_in_any_number_of_threads(kernel, dilation):
     """Gradients of keys are sums over queries of several blocks of rows, added in one order."""
-    inputs, threads = qkv((1, 8, 70, 45), dtype=torch.float32), torch.get_num_threads()
+    inputs, threads = qkv((1, 8, 230, 20), dtype=torch.float32), torch.get_num_threads()
     results = []
     try:
         for n in (1, 4, 3):
             torch.set_num_threads(n)
-            out = msa_conv2d(*inputs, 7, groups=1, backend="native")
+            out = msa_conv2d(*inputs, kernel, dilation=dilation, groups=1, backend="native")
             results.append((out, *torch.autograd.grad(out.square().sum(), inputs)))
     finally:
         torch.set_num_threads(threads)
@@ -132,12 +133,19 @@ def test_native_is_repeatable_in_any_number_of_threads():
 
 
 @needs_native
-def test_native_lets_infinities_and_nans_through():
-    for bad in (float("nan"), float("inf")):
-        q, k, v = (x.detach() for x in qkv((1, 2, 6, 6), dtype=torch.float32))
-        q[0, 0, 2, 2] = bad
+@pytest.mark.parametrize("bits", [0x7F800000, 0x7FC00000, 0x7FC00001, 0x7FFFFFFF], ids=["inf", "nan", "nan 1", "nan 2"])
+def test_native_lets_infinities_and_nans_through(bits):
+    """A bad query spoils its own output, a bad key that of all windows it lies in; whatever bits a NaN carries."""
+    q, k, v = (x.detach() for x in qkv((1, 2, 6, 6), dtype=torch.float32))
+    bad = torch.tensor(bits, dtype=torch.int32).view(torch.float32)
+    spoilt = q.clone()
+    spoilt[0, 0, 2, 2] = bad
+    out = msa_conv2d(spoilt, k, v, 3, backend="native")
+    assert out.isnan().any(1).nonzero().tolist() == [[0, 2, 2]]
+    if bad.isnan():
+        k[0, 0, 2, 2] = bad
         out = msa_conv2d(q, k, v, 3, backend="native")
-        assert out.isnan().any(1).nonzero().tolist() == [[0, 2, 2]]
+        assert out.isnan().any(1).nonzero().tolist() == [[0, i, j] for i in (1, 2, 3) for j in (1, 2, 3)]
 
 
 @needs_native
@@ -147,6 +155,35 @@ def test_native_keeps_its_precision_at_large_and_small_scores(far):
     expected = msa_conv2d(far * q.double(), k.double(), v.double(), 5, backend="reference")
     out = msa_conv2d(far * q, k, v, 5, backend="native").double()
     torch.testing.assert_close(out, expected, rtol=0, atol=max(far, 1) * 1e-6)
+
+
+@needs_native
+@pytest.mark.parametrize("far", [1, 10, 100])
+def test_native_keeps_its_precision_in_gradients(far):
+    """As the definition's in float32, also where values have a mean, which cancels in the gradients of scores."""
+    q, k, v = qkv((1, 32, 14, 14))
+    inputs = [(far * q).detach().requires_grad_(), k, (v + 10).detach().requires_grad_()]
+    grad = 1 + torch.randn(q.shape, generator=torch.Generator().manual_seed(1), dtype=q.dtype)
+
+    def gradients(backend, dtype):
+        given = [x.to(dtype) for x in inputs]
+        return torch.autograd.grad(msa_conv2d(*given, 7, backend=backend), given, grad.to(dtype))
+
+    exact = gradients("reference", torch.float64)
+    errors = [
+        [(a - b).abs().max() / b.abs().max() for a, b in zip(gradients(name, torch.float32), exact)]
+        for name in ("native", "reference")
+    ]
+    assert all(ours < 2 * reference + 1e-6 for ours, reference in zip(*errors)), errors
+
+
+@needs_native
+def test_native_takes_dilations_beyond_any_map():
+    inputs = qkv((1, 4, 9, 7), dtype=torch.float32)
+    for far, farther in (((9, 7), (2**40, 2**62)), ((9, 1), (2**62, 1))):
+        out, wanted = (msa_conv2d(*inputs, 3, dilation=d, backend="native") for d in (farther, far))
+        assert torch.equal(out, wanted)
+        torch.testing.assert_close(out, msa_conv2d(*inputs, 3, dilation=far, backend="reference"))
 
 
 @needs_native

@@ -9,7 +9,7 @@ from torch import nn
 from tic_backbone.ops import check_backend, cyclic_shift, msa_conv2d, odd_pair, pair
 
 CHUNK = 2048  # tokens; see `by_chunks`
-_ONEDNN_ON_AVX2 = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX2"
+_AVX2 = torch.backends.cpu.get_cpu_capability() == "AVX2"
 
 
 def inter_pool(x: torch.Tensor, ratio: int) -> torch.Tensor:
@@ -141,7 +141,7 @@ class Linear2d(nn.Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self._convolves(x):
-            x = x.contiguous(memory_format=torch.channels_last)
+            x = x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
             return F.conv2d(x, self.weight[:, :, None, None], self.bias)
         return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
@@ -149,12 +149,15 @@ class Linear2d(nn.Linear):
         """Whether to call it a 1 x 1 convolution, for which PyTorch has another library, oneDNN, than for a product.
 
         Where that was measured, in float32 on CPUs of AVX2, it is the faster one, but for few tokens of many channels.
+        So the last bits of a token's numbers can depend on how many tokens there are.
         """
-        if torch.compiler.is_compiling() or torch.jit.is_tracing() or x.device.type != "cpu":
+        if torch.compiler.is_compiling() or torch.jit.is_tracing() or x.device.type != "cpu" or not _AVX2:
             return False
-        float32 = x.dtype == self.weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
-        tokens = x.shape[0] * x.shape[2] * x.shape[3]
-        return _ONEDNN_ON_AVX2 and float32 and 4 * tokens >= max(self.weight.shape)
+        if not x.dtype == self.weight.dtype == torch.float32 or torch.is_autocast_enabled("cpu"):
+            return False
+        tokens, channels = x.shape[0] * x.shape[2] * x.shape[3], max(self.weight.shape)
+        enough = tokens >= (96 if channels <= 2048 else channels // 4) and self.in_features > 1
+        return enough and torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
 
 
 class LayerNorm2d(nn.LayerNorm):

@@ -1,11 +1,11 @@
-/* MSA-Conv on the CPU in float32: nothing of window size leaves one small workspace a thread.
+/* MSA-Conv on the CPU in float32: what is as large as the windows stays in one small workspace a thread.
  *
  * A vector holds one number of each of LANES neighbouring queries of a row. The rows of keys and values around a block
  * of queries are transposed once to (channel, column) and laid out so that a key's place in the window is the same
  * distance for all queries: what the LANES queries meet there are then LANES neighbouring floats. So scores, softmax
- * and weighted sum are plain vertical arithmetic. Backward makes the weights again from the log-sum-exp; a key's
- * gradient is summed over the LANES queries in registers and then added in place. Blocks of rows that could meet on a
- * key run one after the other, so every sum has one order and is repeatable.
+ * and weighted sum are plain vertical arithmetic. Backward makes the weights again; a key's gradient is summed over the
+ * LANES queries in registers and then added in place. Blocks of rows that could meet on a key run one after the other,
+ * so every sum has one order and is repeatable.
  *
  * Compiled at first use by native.py, linked with nothing: the OpenMP runtime is the one that torch brought.
  */
@@ -21,7 +21,7 @@
 #define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (ivec){__VA_ARGS__})
 #endif
 #define COLUMNS 32 /* queries of a row that share the transposed keys */
-#define MIN_ROWS 32
+#define MIN_ROWS 16
 #define INLINE static inline __attribute__((always_inline))
 
 typedef float vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
@@ -58,7 +58,8 @@ typedef struct { /* one thread's workspace for a block of queries */
     i64 *place;               /* (kernel[1]): where the keys of the block's first query lie in a transposed row */
     i64 *at;                  /* (window): the same in `keys`, for one row of queries */
     i64 *key_row;             /* (kernel[0]): row of the key map, -1 beyond the border */
-    i64 columns, step, ring, pitch, segment, window;
+    i64 columns, ring, pitch, segment, window;
+    i64 segments, copies;     /* of a transposed row, of a key in it: stride and key_stride in lowest terms */
     Meeting *meetings; /* (columns, kernel[1]): who meets the keys of one row, key by key; for backward */
     Key *met;          /* (columns / LANES, LANES * kernel[1] + 1): the keys of each LANES queries */
 } Block;
@@ -86,7 +87,7 @@ INLINE vec exp_(vec x) { /* Cephes' expf; NaN stays NaN */
     y = y * r + 1.6666665459e-1f;
     y = y * r + 5.0000001201e-1f;
     y = y * r * r + r + 1.0f;
-    return (vec)((ivec)y + power);
+    return y * (vec)(power + (127 << 23));
 }
 
 /* Eight vectors' numbers in eight others: the first of each in the first. */
@@ -137,17 +138,16 @@ INLINE void to_tokens(const float *rows, i64 width, float *const *token) {
 INLINE i64 centre(const Problem *p, int axis, i64 out) { return out * p->stride[axis] / p->key_stride[axis]; }
 
 /* Lays out a transposed row for the queries from `first` on. With stride / key_stride = a / b in lowest terms, query j
- * meets at distance n of its centre the key (a j + b dilation n) / b, rounded down. With b dilation n = a m + r that
- * depends on j + m and r alone: the row holds a segment for each rest r, and j's key lies at j + m in it. */
+ * meets n places from its centre the key (a j + b dilation n) / b, rounded down. With b dilation n = a m + r, that is
+ * (a (j + m) + r) / b: the row holds a segment for each rest r, where query j finds its key at j + m. */
 static void columns_(const Problem *p, Block *b, i64 first) {
-    i64 a = p->stride[1] / b->step, fine = p->key_stride[1] / b->step, reach = p->kernel[1] / 2 * p->dilation[1];
-    i64 left = floor_(-fine * reach, a);
+    i64 reach = p->kernel[1] / 2 * p->dilation[1], left = floor_(-b->copies * reach, b->segments);
     for (i64 e = 0; e < p->kernel[1]; e++) {
-        i64 distance = fine * (e * p->dilation[1] - reach);
-        b->place[e] = mod(distance, a) * b->segment + floor_(distance, a) - left;
+        i64 distance = b->copies * (e * p->dilation[1] - reach);
+        b->place[e] = mod(distance, b->segments) * b->segment + floor_(distance, b->segments) - left;
     }
     for (i64 i = 0; i < b->pitch; i++) {
-        i64 x = floor_(a * (first + left + i % b->segment) + i / b->segment, fine);
+        i64 x = floor_(b->segments * (first + left + i % b->segment) + i / b->segment, b->copies);
         b->column[i] = x < 0 || x >= p->key_length ? -1 : x;
     }
     for (i64 i = 0; i < b->ring; i++) b->row[i] = -1; /* nothing transposed yet */
@@ -254,8 +254,7 @@ static void sums_(const Problem *p, const Block *b, const float *rows, const flo
 }
 
 /* `shift` is where the LANES queries' keys lie after those of the block's first query. */
-static void forward_queries(const Problem *p, Block *b, i64 shift, i64 n, const float *const *q, float *const *out,
-                            float *lse) {
+static void forward_queries(const Problem *p, Block *b, i64 shift, const float *const *q, float *const *out) {
     to_rows(q, p->width, b->query, LANES);
     for (i64 d = 0; d < p->width * LANES; d += LANES) *(vec *)(b->query + d) *= p->scale;
     vec top = scores_(p, b, b->keys + shift, b->query, b->weights), total = {0};
@@ -264,7 +263,6 @@ static void forward_queries(const Problem *p, Block *b, i64 shift, i64 n, const 
         *(vec *)(b->weights + t) = weight;
         total += weight;
     }
-    for (i64 l = 0; l < n; l++) lse[l] = top[l] + logf(total[l]);
     sums_(p, b, b->values + shift, b->weights, b->query);
     vec share = 1 / total;
     for (i64 d = 0; d < p->width * LANES; d += LANES) *(vec *)(b->query + d) *= share;
@@ -304,9 +302,8 @@ static void add_to_keys(const Problem *p, const Block *b, const Key *key, i64 a,
 }
 
 /* `key`: the first that these queries meet. */
-static void backward_queries(const Problem *p, Block *b, i64 shift, i64 n, const float *const *q,
-                             const float *const *dout, const float *lse, float *const *dq, float *dk, float *dv,
-                             const i64 *dstrides, const Key *key) {
+static void backward_queries(const Problem *p, Block *b, i64 shift, const float *const *q, const float *const *dout,
+                             float *const *dq, float *dk, float *dv, const Key *key) {
     to_rows(q, p->width, b->query, LANES);
     to_rows(dout, p->width, b->grad, LANES);
     for (i64 l = 0; l < LANES; l++) {
@@ -314,40 +311,47 @@ static void backward_queries(const Problem *p, Block *b, i64 shift, i64 n, const
         memcpy(b->tokens + (2 * l + 1) * p->width, dout[l], sizeof(float) * p->width);
     }
     for (i64 d = 0; d < p->width * LANES; d += LANES) *(vec *)(b->query + d) *= p->scale;
-    scores_(p, b, b->keys + shift, b->query, b->weights);
-    scores_(p, b, b->values + shift, b->grad, b->dscores);
-    vec logs = {0}, delta = {0};
-    for (i64 l = 0; l < n; l++) logs[l] = lse[l];
+    vec top = scores_(p, b, b->keys + shift, b->query, b->weights), total = {0}, mean = {0};
+    scores_(p, b, b->values + shift, b->grad, b->dscores); /* the weights' gradients, first */
     for (i64 t = 0; t < b->window * LANES; t += LANES) {
-        vec weight = exp_(*(vec *)(b->weights + t) - logs);
+        vec weight = exp_(*(vec *)(b->weights + t) - top);
         *(vec *)(b->weights + t) = weight;
-        delta += weight * *(vec *)(b->dscores + t);
+        total += weight;
+        mean += weight * *(vec *)(b->dscores + t);
     }
-    for (i64 t = 0; t < b->window * LANES; t += LANES)
-        *(vec *)(b->dscores + t) = *(vec *)(b->weights + t) * (*(vec *)(b->dscores + t) - delta) * p->scale;
+    vec share = 1 / total;
+    mean *= share; /* by the same weights as below: the scores' gradients sum to zero */
+    for (i64 t = 0; t < b->window * LANES; t += LANES) {
+        vec weight = *(vec *)(b->weights + t) * share;
+        *(vec *)(b->weights + t) = weight;
+        *(vec *)(b->dscores + t) = weight * (*(vec *)(b->dscores + t) - mean) * p->scale;
+    }
     sums_(p, b, b->keys + shift, b->dscores, b->query);
     to_tokens(b->query, p->width, dq);
+    i64 stride = p->groups * p->width;
     for (i64 a = 0; a < p->kernel[0]; a++) {
-        i64 row = b->key_row[a];
-        if (row >= 0) add_to_keys(p, b, key, a, dk + row * dstrides[1], dv + row * dstrides[1], dstrides[2]);
+        i64 row = b->key_row[a] * p->key_length * stride;
+        if (row >= 0) add_to_keys(p, b, key, a, dk + row, dv + row, stride);
     }
 }
 
 static i64 gcd(i64 a, i64 b) { return b ? gcd(b, a % b) : a; }
 
-static i64 allocate(const Problem *p, Block *b, int backward) {
-    b->step = gcd(p->stride[1], p->key_stride[1]);
+static int allocate(const Problem *p, Block *b) {
+    i64 divisor = gcd(p->stride[1], p->key_stride[1]), wide = (p->kernel[1] - 1) * p->dilation[1];
+    b->segments = p->stride[1] / divisor;
+    b->copies = p->key_stride[1] / divisor;
     b->columns = p->length < COLUMNS ? (p->length + LANES - 1) / LANES * LANES : COLUMNS;
     b->window = p->kernel[0] * p->kernel[1];
     b->ring = (p->kernel[0] - 1) * p->dilation[0] + 1;
-    i64 a = p->stride[1] / b->step, fine = p->key_stride[1] / b->step;
-    b->segment = b->columns + (fine * (p->kernel[1] - 1) * p->dilation[1] + a - 1) / a + 1;
-    b->pitch = (b->segment * a + LANES - 1) / LANES * LANES;
+    if (b->ring > p->key_height) b->ring = p->key_height;
+    b->segment = b->columns + (b->copies * wide + b->segments - 1) / b->segments;
+    b->pitch = (b->segment * b->segments + LANES - 1) / LANES * LANES;
     i64 rows = (b->ring + 1) * p->width * b->pitch, met = b->columns / LANES * (LANES * p->kernel[1] + 1);
-    b->keys = calloc(2 * rows + (4 * p->width + 2 * b->window) * LANES + 2 * p->width, sizeof(float));
+    b->keys = malloc(sizeof(float) * (2 * rows + (4 * p->width + 2 * b->window) * LANES + 2 * p->width));
     b->row = malloc(sizeof(i64) * (b->ring + b->pitch + p->kernel[1] + b->window + p->kernel[0]));
-    b->met = malloc(backward * (met * sizeof(Key) + b->columns * p->kernel[1] * sizeof(Meeting)));
-    if (!b->keys || !b->row || (backward && !b->met)) return 0;
+    b->met = malloc(sizeof(Key) * met + sizeof(Meeting) * b->columns * p->kernel[1]);
+    if (!b->keys || !b->row || !b->met) return 0;
     b->values = b->keys + rows;
     b->query = b->values + rows;
     b->grad = b->query + p->width * LANES;
@@ -361,13 +365,16 @@ static i64 allocate(const Problem *p, Block *b, int backward) {
     b->at = b->place + p->kernel[1];
     b->key_row = b->at + b->window;
     b->meetings = (Meeting *)(b->met + met);
+    i64 row = p->width * b->pitch;
+    memset(b->keys + b->ring * row, 0, sizeof(float) * row);
+    memset(b->values + b->ring * row, 0, sizeof(float) * row);
+    memset(b->zeros, 0, sizeof(float) * p->width);
     return 1;
 }
 
 /* Output rows from `top` to `bottom` of one head of one image, whose maps the pointers are. */
 static void head_(const Problem *p, Block *b, i64 top, i64 bottom, const float *q, const float *k, const float *v,
-                  float *out, float *lse, const float *dout, float *dq, float *dk, float *dv, const i64 *dstrides) {
-    i64 channels = p->groups * p->width;
+                  float *out, const float *dout, float *dq, float *dk, float *dv) {
     for (i64 first = 0; first < p->length; first += b->columns) {
         i64 last = first + b->columns < p->length ? first + b->columns : p->length;
         columns_(p, b, first);
@@ -375,58 +382,51 @@ static void head_(const Problem *p, Block *b, i64 top, i64 bottom, const float *
         for (i64 i = top; i < bottom; i++) {
             rows_(p, b, k, v, i);
             for (i64 j = first; j < last; j += LANES) {
-                i64 n = last - j < LANES ? last - j : LANES, token = i * p->length + j;
                 const float *query[LANES], *grad[LANES];
                 float *into[LANES];
                 for (i64 l = 0; l < LANES; l++) {
-                    i64 at = (token + l) * channels;
-                    query[l] = l < n ? q + i * p->stride[0] * p->q[1] + (j + l) * p->stride[1] * p->q[2] : b->zeros;
-                    grad[l] = l < n && dout ? dout + at : b->zeros;
-                    into[l] = l < n ? (dout ? dq : out) + at : b->unused;
+                    i64 real = j + l < last, at = (i * p->length + j + l) * p->groups * p->width;
+                    query[l] = real ? q + i * p->stride[0] * p->q[1] + (j + l) * p->stride[1] * p->q[2] : b->zeros;
+                    grad[l] = real && dout ? dout + at : b->zeros;
+                    into[l] = real ? (dout ? dq : out) + at : b->unused;
                 }
-                if (dout)
-                    backward_queries(p, b, j - first, n, query, grad, lse + token, into, dk, dv, dstrides,
-                                     met_(p, b, first, j));
-                else
-                    forward_queries(p, b, j - first, n, query, into, lse + token);
+                if (dout) backward_queries(p, b, j - first, query, grad, into, dk, dv, met_(p, b, first, j));
+                else forward_queries(p, b, j - first, query, into);
             }
         }
     }
 }
 
-/* Forward where dout is NULL: writes out and lse. Backward otherwise: writes dq and adds to dk and dv, of k's strides
- * `dstrides`. All of out, dout, dq have strides (height * length, length, 1) * groups * width. Returns 0, or 1 where
- * memory is short. lse: (batch, groups, height, length). */
-int msa_conv2d(const Problem *p, const float *q, const float *k, const float *v, float *out, float *lse,
-               const float *dout, float *dq, float *dk, float *dv, const i64 *dstrides) {
-    i64 reach = (p->kernel[0] - 1) * p->dilation[0] + 2; /* rows after which two blocks' windows cannot meet */
-    i64 rows = (reach * p->key_stride[0] + p->stride[0] - 1) / p->stride[0];
+/* Forward where dout is NULL: writes out. Backward otherwise: writes dq and adds to dk and dv. All of out, dout and dq
+ * are dense, (batch, height, length, groups * width), and so are dk and dv. Returns 0, or 1 where memory is short. */
+int msa_conv2d(const Problem *p, const float *q, const float *k, const float *v, float *out, const float *dout,
+               float *dq, float *dk, float *dv) {
+    i64 reach = (p->kernel[0] - 1) * p->dilation[0] + 1; /* rows after which two blocks' windows cannot meet */
+    i64 rows = dout ? (reach * p->key_stride[0] + p->stride[0] - 1) / p->stride[0] : MIN_ROWS;
     if (rows < MIN_ROWS) rows = MIN_ROWS;
-    i64 blocks = (p->height + rows - 1) / rows, heads = p->batch * p->groups, size = p->height * p->length;
+    i64 blocks = (p->height + rows - 1) / rows, heads = p->batch * p->groups, colours = dout ? 2 : 1;
+    i64 channels = p->groups * p->width, tokens = p->height * p->length, keys = p->key_height * p->key_length;
     int short_of_memory = 0;
 #pragma omp parallel num_threads(p->threads)
     {
         Block block, *b = &block;
-        if (!allocate(p, b, dout != NULL)) {
+        if (!allocate(p, b)) {
 #pragma omp atomic write
             short_of_memory = 1;
         }
 #pragma omp barrier
-        for (i64 colour = 0; colour < 2; colour++) {
-            i64 half = (blocks + 1 - colour) / 2;
+        for (i64 colour = 0; colour < colours; colour++) {
+            i64 some = (blocks - colour + colours - 1) / colours;
 #pragma omp for schedule(dynamic)
-            for (i64 unit = 0; unit < heads * half; unit++) {
+            for (i64 unit = 0; unit < heads * some; unit++) {
                 if (short_of_memory) continue;
-                i64 n = unit / half / p->groups, g = unit / half % p->groups, c = g * p->width;
-                i64 top = (2 * (unit % half) + colour) * rows, at = n * size * p->groups * p->width + c;
-                i64 bottom = top + rows < p->height ? top + rows : p->height;
-                float *lse_of_head = lse + (n * p->groups + g) * size;
+                i64 n = unit / some / p->groups, c = unit / some % p->groups * p->width;
+                i64 top = (unit % some * colours + colour) * rows, bottom = top + rows;
+                i64 at = n * tokens * channels + c, at_keys = n * keys * channels + c;
+                if (bottom > p->height) bottom = p->height;
                 const float *q_ = q + n * p->q[0] + c, *k_ = k + n * p->k[0] + c, *v_ = v + n * p->v[0] + c;
-                if (dout)
-                    head_(p, b, top, bottom, q_, k_, v_, NULL, lse_of_head, dout + at, dq + at,
-                          dk + n * dstrides[0] + c, dv + n * dstrides[0] + c, dstrides);
-                else
-                    head_(p, b, top, bottom, q_, k_, v_, out + at, lse_of_head, NULL, NULL, NULL, NULL, NULL);
+                if (dout) head_(p, b, top, bottom, q_, k_, v_, NULL, dout + at, dq + at, dk + at_keys, dv + at_keys);
+                else head_(p, b, top, bottom, q_, k_, v_, out + at, NULL, NULL, NULL, NULL);
             }
         }
         free(b->keys);

@@ -50,7 +50,7 @@ def _failure() -> str:
 @cache
 def _functions():
     library = _library()
-    library.msa_conv2d.argtypes = [ctypes.POINTER(Problem), *[ctypes.c_void_p] * 10]
+    library.msa_conv2d.argtypes = [ctypes.POINTER(Problem), *[ctypes.c_void_p] * 8]
     pointers, integers = [ctypes.c_void_p], [ctypes.c_int64]
     library.cyclic_shift.argtypes = [*pointers * 2, *integers * 6, *pointers * 3, *integers * 2]
     library.cyclic_shift.restype = None
@@ -105,28 +105,23 @@ def msa_conv2d_native(q, k, v, kernel_size, stride, dilation, groups, scale, key
     """See `tic_backbone.msa_conv2d`. On the CPU; half precision is computed in float32. Can be differentiated once."""
     dtype = q.dtype
     geometry = [*kernel_size, *stride, *dilation, *key_stride]
-    out, _ = _forward(*(x.float() for x in (q, k, v)), geometry, groups, float(scale))
-    return out.to(dtype)
+    return _forward(*(x.float() for x in (q, k, v)), geometry, groups, float(scale)).to(dtype)
 
 
 @torch.library.custom_op("tic_backbone::msa_conv2d_native", mutates_args=(), device_types="cpu")
 def _forward(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, geometry: list[int], groups: int, scale: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The output, (N, C, H', W'), and the log-sum-exp of every query's scores, (N, groups, H', W').
-
-    `geometry`: kernel_size, stride, dilation, key_stride, two of each.
-    """
+) -> torch.Tensor:
+    """The output, (N, C, H', W'). `geometry`: kernel_size, stride, dilation, key_stride, two of each."""
     q, k, v = _tokens(q), _tokens(k), _tokens(v)
-    out, lse = _results(q, geometry, groups)
-    _call(q, k, v, geometry, groups, scale, lse, out=out)
-    return out.permute(0, 3, 1, 2), lse
+    out = _result(q, geometry)
+    _call(q, k, v, geometry, groups, scale, out=out)
+    return out.permute(0, 3, 1, 2)
 
 
 @_forward.register_fake
 def _(q, k, v, geometry, groups, scale):
-    out, lse = _results(q.permute(0, 2, 3, 1), geometry, groups)
-    return out.permute(0, 3, 1, 2), lse
+    return _result(q.permute(0, 2, 3, 1), geometry).permute(0, 3, 1, 2)
 
 
 @torch.library.custom_op("tic_backbone::msa_conv2d_native_backward", mutates_args=(), device_types="cpu")
@@ -135,7 +130,6 @@ def _backward(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    lse: torch.Tensor,
     geometry: list[int],
     groups: int,
     scale: float,
@@ -146,24 +140,23 @@ def _backward(
     dq, dk, dv = _gradients(q, k)
     kept = dq[:, :: geometry[2], :: geometry[3]]
     grad_of_kept = kept if kept.is_contiguous() else torch.empty_like(grad)
-    _call(q, k, v, geometry, groups, scale, lse, grad=grad, dq=grad_of_kept, dk=dk, dv=dv)
+    _call(q, k, v, geometry, groups, scale, grad=grad, dq=grad_of_kept, dk=dk, dv=dv)
     if grad_of_kept is not kept:
         kept.copy_(grad_of_kept)
     return dq.permute(0, 3, 1, 2), dk.permute(0, 3, 1, 2), dv.permute(0, 3, 1, 2)
 
 
 @_backward.register_fake
-def _(grad, q, k, v, lse, geometry, groups, scale):
+def _(grad, q, k, v, geometry, groups, scale):
     return tuple(x.permute(0, 3, 1, 2) for x in _gradients(q.permute(0, 2, 3, 1), k.permute(0, 2, 3, 1)))
 
 
 def _setup_context(ctx, inputs, output):
     q, k, v, *ctx.arguments = inputs
-    ctx.save_for_backward(q, k, v, output[1])
-    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(q, k, v)
 
 
-def _gradient(ctx, grad, _):
+def _gradient(ctx, grad):
     return *_backward(grad, *ctx.saved_tensors, *ctx.arguments), None, None, None
 
 
@@ -176,31 +169,29 @@ def _tokens(x):
     return x if x.stride(3) == 1 else x.contiguous()
 
 
-def _results(q, geometry, groups):
+def _result(q, geometry):
     n, h, w, c = q.shape
-    h, w = (h + geometry[2] - 1) // geometry[2], (w + geometry[3] - 1) // geometry[3]
-    return q.new_empty(n, h, w, c), q.new_empty(n, groups, h, w)
+    return q.new_empty(n, (h + geometry[2] - 1) // geometry[2], (w + geometry[3] - 1) // geometry[3], c)
 
 
 def _gradients(q, k):
     return q.new_zeros(q.shape), k.new_zeros(k.shape), k.new_zeros(k.shape)
 
 
-def _call(q, k, v, geometry, groups, scale, lse, out=None, grad=None, dq=None, dk=None, dv=None):
+def _call(q, k, v, geometry, groups, scale, out=None, grad=None, dq=None, dk=None, dv=None):
     batch, height, length, channels = (grad if out is None else out).shape
-    pairs = [(ctypes.c_int64 * 2)(*geometry[i : i + 2]) for i in (0, 2, 4, 6)]
-    strides = [(ctypes.c_int64 * 3)(*x.stride()[:3]) for x in (q, k, v)]
+    kernel, stride, dilation, key_stride = (geometry[i : i + 2] for i in (0, 2, 4, 6))
+    dilation = [min(d, n) for d, n in zip(dilation, k.shape[1:3])]  # all of them beyond the border, like any wider one
     problem = Problem(
         *(batch, groups, channels // groups, height, length, *k.shape[1:3]),
-        *pairs,
-        *strides,
+        *((ctypes.c_int64 * 2)(*pair) for pair in (kernel, stride, dilation, key_stride)),
+        *((ctypes.c_int64 * 3)(*x.stride()[:3]) for x in (q, k, v)),
         torch.get_num_threads(),
         scale,
     )
-    pointers = [None if x is None else x.data_ptr() for x in (out, lse, grad, dq, dk, dv)]
-    along = (ctypes.c_int64 * 3)(*(dk.stride()[:3] if dk is not None else (0, 0, 0)))
-    if _functions().msa_conv2d(problem, q.data_ptr(), k.data_ptr(), v.data_ptr(), *pointers, along):
-        raise MemoryError(f"no memory for windows of {tuple(geometry[:2])} in {torch.get_num_threads()} threads")
+    pointers = [None if x is None else x.data_ptr() for x in (q, k, v, out, grad, dq, dk, dv)]
+    if _functions().msa_conv2d(problem, *pointers):
+        raise MemoryError(f"no memory for windows of {tuple(kernel)} in {torch.get_num_threads()} threads")
 
 
 def cyclic_shift_native(x, groups, steps):
