@@ -8,7 +8,7 @@ from torch import nn
 
 from tic_backbone import MSAConv2d, TiCConfig
 from tic_backbone.layers import LayerNorm2d, Linear2d, downsample, inter_pool
-from tic_backbone.ops import native
+from tic_backbone.ops.reference import _windows
 from tic_backbone.ops.shift import DIRECTIONS
 from tic_backbone.tic import Block, _init
 
@@ -197,40 +197,15 @@ class Union(MSAConv2d):
         self.windows = (1, [(0, 0)] * self.groups), (pooled, diagonals(self.groups, displaced, turn))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        pairs = []
+        q, keys, values = self.q(x), [], []
+        n, c, h, w = q.shape
         for ratio, steps in self.windows:
-            kv = self.kv(x if ratio == 1 else inter_pool(x, ratio)).chunk(2, 1)
-            k, v = (displaced(part, steps) for part in kv)
-            pairs.append((k, v, [*self.kernel_size, 1, 1, 1, 1, ratio, ratio], self.groups))
-        return self.proj(SharedSoftmax.apply(self.q(x), HEAD**-0.5, *(part for pair in pairs for part in pair)))
-
-
-class SharedSoftmax(torch.autograd.Function):
-    """One softmax over several windows of keys: each window's result, weighted by the sum of its exponentials.
-
-    The backward pass of one window, given the common sum and the common result, is that window's part of the whole.
-    """
-
-    @staticmethod
-    def forward(ctx, q, scale, *windows):
-        windows = [windows[i : i + 4] for i in range(0, len(windows), 4)]
-        outs, sums = zip(*(native._forward(q, k, v, geometry, groups, scale) for k, v, geometry, groups in windows))
-        total = torch.stack(sums).logsumexp(0)
-        shares = ((part - total).exp().repeat_interleave(q.shape[1] // part.shape[1], 1) for part in sums)
-        out = sum(part * share for part, share in zip(outs, shares))
-        ctx.scale, ctx.rest = scale, [window[2:] for window in windows]
-        ctx.save_for_backward(q, out, total, *(part for window in windows for part in window[:2]))
-        return out
-
-    @staticmethod
-    def backward(ctx, grad):
-        q, out, total, *keys = ctx.saved_tensors
-        dq, gradients = 0, []
-        for i, (geometry, groups) in enumerate(ctx.rest):
-            k, v = keys[2 * i : 2 * i + 2]
-            own, dk, dv = native._backward(grad, q, k, v, out, total, geometry, groups, ctx.scale)
-            dq, gradients = dq + own, [*gradients, dk, dv, None, None]
-        return dq, None, *gradients
+            centres = [torch.arange(size) // ratio for size in (h, w)]
+            for part, into in zip(self.kv(inter_pool(x, ratio)).chunk(2, 1), (keys, values)):
+                into.append(_windows(displaced(part, steps), self.kernel_size, self.dilation, self.groups, centres))
+        q = q.reshape(n, self.groups, c // self.groups, 1, h, w)
+        weights = (HEAD**-0.5 * q * torch.cat(keys, 3)).sum(2, keepdim=True).softmax(3)
+        return self.proj((weights * torch.cat(values, 3)).sum(3).reshape(n, c, h, w))
 
 
 class PooledBranch(nn.Module):
