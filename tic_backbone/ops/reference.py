@@ -13,12 +13,12 @@ def msa_conv2d_reference(q, k, v, kernel_size, stride, dilation, groups, scale, 
     q = q[:, :, :: stride[0], :: stride[1]]
     centres = [torch.arange(0, size, s, device=q.device) // r for size, s, r in zip((h, w), stride, key_stride)]
     q = q.reshape(n, groups, c // groups, 1, *q.shape[2:])
-    k, v = (_windows(x, kernel_size, dilation, groups, centres) for x in (k, v))
+    k, v = (windows_around(x, kernel_size, dilation, groups, centres) for x in (k, v))
     attn = (scale * q * k).sum(2, keepdim=True).softmax(3)  # (N, groups, 1, kh*kw, H', W')
     return (attn * v).sum(3).reshape(n, c, *q.shape[4:]).to(dtype)
 
 
-def _windows(x, kernel_size, dilation, groups, centres):
+def windows_around(x, kernel_size, dilation, groups, centres):
     """The window around every centre: (N, groups, C / groups, kh*kw, H', W')."""
     n, c, h, w = x.shape
     padding = tuple(d * (size - 1) // 2 for size, d in zip(kernel_size, dilation))

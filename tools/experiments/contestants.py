@@ -8,7 +8,7 @@ from torch import nn
 
 from tic_backbone import MSAConv2d, TiCConfig
 from tic_backbone.layers import LayerNorm2d, Linear2d, downsample, inter_pool
-from tic_backbone.ops.reference import _windows
+from tic_backbone.ops.reference import windows_around
 from tic_backbone.ops.shift import DIRECTIONS
 from tic_backbone.tic import Block, _init
 
@@ -202,7 +202,8 @@ class Union(MSAConv2d):
         for ratio, steps in self.windows:
             centres = [torch.arange(size) // ratio for size in (h, w)]
             for part, into in zip(self.kv(inter_pool(x, ratio)).chunk(2, 1), (keys, values)):
-                into.append(_windows(displaced(part, steps), self.kernel_size, self.dilation, self.groups, centres))
+                part = displaced(part, steps)
+                into.append(windows_around(part, self.kernel_size, self.dilation, self.groups, centres))
         q = q.reshape(n, self.groups, c // self.groups, 1, h, w)
         weights = (HEAD**-0.5 * q * torch.cat(keys, 3)).sum(2, keepdim=True).softmax(3)
         return self.proj((weights * torch.cat(values, 3)).sum(3).reshape(n, c, h, w))
